@@ -1,0 +1,292 @@
+"""U-Net and U-Net++ decoders with scSE attention over timm encoders.
+
+U-Net: Ronneberger et al. 2015, arXiv 1505.04597. U-Net++: Zhou et al. 2018, arXiv 1807.10165.
+scSE: Roy et al. 2018, arXiv 1803.02579. Encoders: timm, `features_only`.
+
+Shapes: N images, C channels, H x W pixels; feature maps are listed from fine (stride 2) to coarse (stride 2**depth).
+"""
+import difflib
+import logging
+import os
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import huggingface_hub.constants as hub  # comes with timm
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+DOWNLOAD_SECONDS = 10  # how long weights="auto" waits for ImageNet weights
+logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of every weight that features_only leaves out
+
+
+class ModelError(ValueError):
+    """What the user asked of a model cannot be built; the message is one line, fit to be shown."""
+
+
+# ----------------------------------------------------------------------------------------------------------- decoders
+class SCSE(nn.Module):
+    """Concurrent spatial and channel squeeze & excitation: x * c + x * s, written as one gate x * (c + s).
+
+    c (N, C, 1, 1) weighs the channels by what the whole map holds, s (N, 1, H, W) weighs the pixels.
+    """
+
+    def __init__(self, channels, reduction=16):
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, max(1, channels // reduction), 1)
+        self.expand = nn.Conv2d(max(1, channels // reduction), channels, 1)
+        self.spatial = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, x):
+        channel_gate = torch.sigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True)))))  # (N, C, 1, 1)
+        pixel_gate = torch.sigmoid(self.spatial(x))                                                   # (N, 1, H, W)
+        return x * (channel_gate + pixel_gate)                                                        # (N, C, H, W)
+
+
+def conv_bn_relu(in_channels, out_channels):
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+                         nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+
+class DecoderBlock(nn.Module):
+    """Doubles the size of a map, joins the skips of that size to it, and mixes them by two 3x3 convolutions.
+
+    forward: x (N, in_channels, H, W), skips: maps (N, *, 2H, 2W) with skip_channels in all
+             -> (N, out_channels, 2H, 2W)
+    """
+
+    def __init__(self, in_channels, skip_channels, out_channels):
+        super().__init__()
+        self.scse1 = SCSE(in_channels + skip_channels) if skip_channels else None  # nothing joined, nothing to weigh
+        self.conv1 = conv_bn_relu(in_channels + skip_channels, out_channels)
+        self.conv2 = conv_bn_relu(out_channels, out_channels)
+        self.scse2 = SCSE(out_channels)
+
+    def forward(self, x, skips=()):
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if self.scse1 is not None:
+            x = self.scse1(torch.cat([x, *skips], dim=1))
+        return self.scse2(self.conv2(self.conv1(x)))
+
+
+class UnetDecoder(nn.Module):
+    """Climbs from the coarsest map to full resolution; each block takes the encoder's map of its size as skip."""
+
+    def __init__(self, encoder_channels, decoder_channels):
+        super().__init__()
+        coarse_first = list(encoder_channels)[::-1]
+        inputs = [coarse_first[0], *decoder_channels[:-1]]
+        skips = [*coarse_first[1:], 0]  # the last block has no skip: no encoder map has full resolution
+        self.blocks = nn.ModuleList(DecoderBlock(*channels) for channels in zip(inputs, skips, decoder_channels))
+
+    def forward(self, features):
+        *skips, x = features
+        for block in self.blocks:
+            x = block(x, [skips.pop()] if skips else ())
+        return x
+
+
+class UnetPlusPlusDecoder(nn.Module):
+    """The nested decoder: node X(i, j) at level i (stride 2**(i+1)) joins X(i+1, j-1), upsampled, with all of
+    X(i, 0..j-1). X(i, 0) are the encoder's maps; the last node of each level is on the way to the output.
+
+    Inner nodes have the channels of their level's encoder map, last nodes those of decoder_channels.
+    """
+
+    def __init__(self, encoder_channels, decoder_channels):
+        super().__init__()
+        self.depth = depth = len(encoder_channels)
+        width = {(i, 0): channels for i, channels in enumerate(encoder_channels)}
+        self.nodes = nn.ModuleDict()
+        for j in range(1, depth):
+            for i in range(depth - j):
+                last = i + j == depth - 1
+                width[i, j] = decoder_channels[j - 1] if last else encoder_channels[i]
+                self.nodes[f"{i}_{j}"] = DecoderBlock(width[i + 1, j - 1], encoder_channels[i] * j, width[i, j])
+        self.final = DecoderBlock(width[0, depth - 1], 0, decoder_channels[-1])
+
+    def forward(self, features):
+        x = {(i, 0): feature for i, feature in enumerate(features)}
+        for j in range(1, self.depth):
+            for i in range(self.depth - j):
+                skips = [x[i, k] for k in reversed(range(j))]  # newest first, as the reference orders them
+                x[i, j] = self.nodes[f"{i}_{j}"](x[i + 1, j - 1], skips)
+        return self.final(x[0, self.depth - 1])
+
+
+DECODERS = {"unet": UnetDecoder, "unetpp": UnetPlusPlusDecoder}
+
+
+# ---------------------------------------------------------------------------------------------------------- segmenter
+class Segmenter(nn.Module):
+    """Encoder, decoder and a 3x3 head: image (N, in_channels, H, W) -> logits (N, classes, H, W), H and W >= 16.
+
+    Sizes that the encoder's strides do not divide are padded by repeating the border, and the logits cropped back.
+    """
+
+    def __init__(self, encoder, decoder, head_channels, classes, depth):
+        super().__init__()
+        self.encoder, self.decoder, self.depth = encoder, decoder, depth
+        self.head = nn.Conv2d(head_channels, classes, 3, padding=1)
+
+    def forward(self, image):
+        height, width = image.shape[-2:]
+        down, right = -height % 2 ** self.depth, -width % 2 ** self.depth
+        x = F.pad(image, (0, right, 0, down), mode="replicate") if down or right else image
+        return self.head(self.decoder(self.encoder(x)))[..., :height, :width]
+
+
+def build_segmenter(arch="unet", encoder="resnet18", in_channels=1, classes=2, depth=3,
+                    decoder_channels=(256, 128, 64), weights="none"):
+    """A segmentation network: float (N, in_channels, H, W) -> logits (N, classes, H, W), any H and W from 16 up.
+
+    arch: "unet" or "unetpp". encoder: a timm model that gives maps at strides 2, 4, 8, ...
+    depth: how many of these maps are used, coarsest stride 2**depth; the stages past it are not built.
+    decoder_channels: channels of the decoder's outputs from coarse to fine, one per depth.
+    weights: "none" (random), "imagenet" (timm's pretrained ones, an error if they can't be had), "auto" (the same, but
+    random ones if they can't be had within DOWNLOAD_SECONDS), or a file with the encoder's weights (timm's format).
+    What was used stands in the result's attribute `weights_used`: "none", "imagenet" or the file.
+    Raises ModelError with one clear line for anything that cannot be built.
+    """
+    if arch not in DECODERS:
+        raise ModelError(f"arch {arch!r} is not known; choose one of {', '.join(DECODERS)}")
+    if len(decoder_channels) != depth:
+        raise ModelError(f"depth {depth} needs {depth} decoder channels, got {tuple(decoder_channels)}")
+    encoder, used = _create_encoder(encoder, in_channels, depth, weights)
+    decoder = DECODERS[arch](encoder.feature_info.channels(), tuple(decoder_channels))
+    model = Segmenter(encoder, decoder, decoder_channels[-1], classes, depth)
+    for module in model.decoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    model.weights_used = used
+    return model
+
+
+def default_decoder_channels(depth):
+    """(256, 128, 64) at the paper's depth 3; every further step down brings one narrower block at full resolution."""
+    return (256, 128, 64, 32, 16)[:depth]
+
+
+# ------------------------------------------------------------------------------------------------------------ encoder
+def _create_encoder(name, in_channels, depth, weights):
+    """timm's feature extractor for `name`, cut behind stage `depth`, and which weights it got."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("resnet*")[:3]
+        raise ModelError(f"encoder {name!r} is not a timm model; near it: {', '.join(near)}")
+
+    def create(**pretrained):
+        return timm.create_model(name, features_only=True, in_chans=in_channels, out_indices=tuple(range(depth)),
+                                 **pretrained)
+
+    try:
+        encoder = create()
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"encoder {name!r} gives no {depth} feature maps ({_one_line(error)})") from error
+    strides = encoder.feature_info.reduction()
+    if strides != [2 ** (i + 1) for i in range(depth)]:
+        raise ModelError(f"encoder {name!r} gives maps at strides {strides}; {[2 ** (i + 1) for i in range(depth)]} "
+                         f"are needed: choose a resnet or efficientnet")
+    used = "none"
+    if weights in ("auto", "imagenet"):
+        pretrained, reason = _pretrained(create, DOWNLOAD_SECONDS if weights == "auto" else None)
+        if pretrained is not None:
+            encoder, used = pretrained, "imagenet"
+        elif weights == "imagenet":
+            raise ModelError(f"ImageNet weights for {name!r} can't be had ({reason}); use --weights none or a file")
+        else:
+            print(f"WARNING: no ImageNet weights for {name} ({reason}); the encoder starts random", flush=True)
+    elif weights != "none":
+        encoder, used = _from_file(create, weights, encoder.state_dict().keys()), str(weights)
+    if hasattr(encoder, "_stage_out_idx"):  # timm's EfficientNetFeatures keeps, and runs, all stages: drop the unused
+        encoder.blocks = encoder.blocks[:max(encoder._stage_out_idx)]
+    return encoder, used
+
+
+def _pretrained(create, seconds):
+    """(encoder with ImageNet weights, "") or (None, why not). A download that takes longer goes on in the background,
+    for the next run to find in the cache."""
+    result = {}
+    if not _hub_reachable():
+        hub.HF_HUB_OFFLINE = True  # then the cache answers at once, without retries
+
+    def fetch():
+        try:
+            result["encoder"] = create(pretrained=True)
+        except Exception as error:  # the hub raises its own kinds for no network, no such file, no disk...
+            result["reason"] = "no network, and none in the cache" if hub.HF_HUB_OFFLINE else _one_line(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return result.get("encoder"), result.get("reason", f"not there within {seconds} s")
+
+
+def _hub_reachable():
+    if urllib.request.getproxies():
+        return True  # a proxy does the connecting: only the download itself can tell
+    try:
+        socket.create_connection((urllib.parse.urlparse(hub.ENDPOINT).hostname, 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _from_file(create, file, names):
+    """The encoder with the weights in `file`: a timm state dict (.pth, .pt: tensors only; or .safetensors)."""
+    if not Path(file).is_file():
+        raise ModelError(f"--weights {file}: no such file; give auto, imagenet, none or a file of encoder weights")
+    try:
+        state = timm.models.load_state_dict(os.fspath(file), weights_only=True)
+        if not any(name in state for name in names):
+            raise ValueError("none of its names is one of the encoder's")
+        return create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
+    except Exception as error:  # unpickling, safetensors and shape errors have no common kind
+        raise ModelError(f"--weights {file}: not weights for this encoder ({_one_line(error)})") from error
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------ load_smp
+def load_smp(model, state_dict):
+    """Loads the weights of segmentation_models_pytorch's Unet or UnetPlusPlus into `model` and returns it.
+
+    The reference must have decoder_attention_type="scse", the same encoder (its "resnet18" or its "tu-" names),
+    depth and channels: then both are the same function. What the reference keeps but never uses (encoder stages past
+    the depth, the attention of blocks without skip) is left out. Raises ModelError for weights of another network.
+    """
+    own, renamed = model.state_dict(), {}
+    for name, tensor in state_dict.items():
+        renamed[_own_name(name, model.depth)] = tensor
+    missing = [name for name in own if name not in renamed]
+    if missing:
+        raise ModelError(f"these weights are of another network: they lack {missing[0]} and {len(missing) - 1} more")
+    for name, tensor in own.items():
+        if renamed[name].shape != tensor.shape:
+            raise ModelError(f"these weights are of another network: {name} is {tuple(renamed[name].shape)} there, "
+                             f"{tuple(tensor.shape)} here")
+    model.load_state_dict({name: renamed[name] for name in own})
+    return model
+
+
+def _own_name(name, depth):
+    """smp's name of a weight -> ours."""
+    for theirs, ours in (("encoder.model.", "encoder."), ("segmentation_head.0.", "head."),
+                         ("attention1.attention.", "scse1."), ("attention2.attention.", "scse2."),
+                         ("cSE.1.", "reduce."), ("cSE.3.", "expand."), ("sSE.0.", "spatial.")):
+        name = name.replace(theirs, ours)
+    if name.startswith("decoder.blocks.x_"):  # U-Net++: x_{d}_{l} is node (depth - 2 - l, l - d + 1), or the last block
+        _, _, node, rest = name.split(".", 3)
+        d, layer = map(int, node.split("_")[1:])
+        node = "final" if layer == depth - 1 else f"nodes.{depth - 2 - layer}_{layer - d + 1}"
+        name = f"decoder.{node}.{rest}"
+    return name
