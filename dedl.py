@@ -1,0 +1,173 @@
+"""The method: Autoencoder Post-Processing (APP) in its two forms, the weighted cross-entropy and the metrics.
+
+Singh & Cirrone 2022, "A Data-Efficient Deep Learning Framework for Segmentation and Classification of Histopathology
+Images", arXiv 2207.06489.
+
+Shapes: N images, C classes (2: background, nucleus), H x W pixels. logits z (N, C, H, W), truth y (N, H, W) of class
+indices, one-hot truth Y (N, C, H, W), class weights w (C,).
+
+The loss of a training step is   L = CE_w(z, y) + app_weight * penalty + own   with (penalty, own) from one of:
+
+conv (this project's form). A convolutional autoencoder D(E(.)) learns what masks look like; its encoder E says how far
+the prediction is from the truth as a *shape*:
+    penalty = mean[(E(softmax z) - E(Y))^2] / var[E(Y)]
+    own     = CE(D(E(Y)), y)
+  - `own` is the only term that trains the autoencoder, and it sees true masks alone. So E and D model nuclei, not the
+    network's errors.
+  - `penalty` trains the network alone: in it E's weights and E(Y) are constants. If the penalty trained E as well, it
+    would be least for an E that maps everything to one point: the embedding would collapse and the penalty vanish.
+  - The scale of an embedding is arbitrary (D can undo any factor), and it drifts while E learns. Divided by the
+    variance of E(Y) over batch and positions, channel by channel, the penalty has no scale: 0 for a perfect prediction,
+    about 1 for one that embeds to the mean, about 2 for the mask of another image. app_weight then means the same at
+    any time and for any autoencoder.
+  - `own` and CE share no weights, so no factor between them is needed (Adam is invariant to one anyway).
+
+linear (as published). A row-wise autoencoder A, a stack of Linear layers along the width, gets the logits themselves:
+    penalty = CE_w(A(z), y)
+    own     = 0
+  Both networks learn from the sum; A is a post-processor that the saved model drops.
+
+Both are used in training only: the saved network and its cost are those of a network trained without.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+PUBLISHED_CLASS_WEIGHTS = (0.1479, 0.8521)  # notebooks of the paper: 14.79 % of the private set's pixels are nucleus
+
+
+# ---------------------------------------------------------------------------------------------------------------- APP
+class ConvAutoencoder(nn.Module):
+    """A small autoencoder of masks: stride 8, a few thousand weights, about 1/1000 of a U-Net's work.
+
+    encode: class probabilities (N, classes, H, W) -> embedding (N, channels, H/8, W/8), sizes rounded up
+    decode: embedding, (H, W) -> logits of the reconstruction (N, classes, H, W)
+    forward: both
+    """
+
+    def __init__(self, classes=2, channels=16, activation="gelu"):
+        super().__init__()
+        act = ACTIVATIONS[activation]
+        self.encoder = nn.Sequential(nn.Conv2d(classes, 16, 4, stride=4), act(),
+                                     nn.Conv2d(16, 32, 3, stride=2, padding=1), act(), nn.Conv2d(32, channels, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1), act(),
+                                     nn.ConvTranspose2d(32, 16, 2, stride=2), act(),
+                                     nn.ConvTranspose2d(16, classes, 4, stride=4))
+
+    def encode(self, masks):
+        down, right = -masks.shape[-2] % 8, -masks.shape[-1] % 8
+        return self.encoder(F.pad(masks, (0, right, 0, down), mode="replicate"))
+
+    def decode(self, embedding, size):
+        return self.decoder(embedding)[..., :size[0], :size[1]]
+
+    def forward(self, masks):
+        return self.decode(self.encode(masks), masks.shape[-2:])
+
+
+class RowAutoencoder(nn.Module):
+    """The published autoencoder, along the width: 480-15360-256-128-64-32-16-32-64-128-256-480 for width 480.
+
+    forward: logits (N, C, H, width) -> logits (N, C, H, width). Other widths keep the published ratio of 32 between
+    the second layer and the first. Raises ValueError for an input of another width.
+    """
+
+    def __init__(self, width=480, activation="gelu"):
+        super().__init__()
+        sizes = (width, 32 * width, 256, 128, 64, 32, 16, 32, 64, 128, 256, width)
+        layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), ACTIVATIONS[activation]())]
+        self.width = width
+        self.layers = nn.Sequential(*layers[:-1])  # no activation behind the last layer: its outputs are logits
+
+    def forward(self, logits):
+        if logits.shape[-1] != self.width:
+            raise ValueError(f"RowAutoencoder was built for width {self.width}, got {logits.shape[-1]}")
+        return self.layers(logits)
+
+
+class ConvAPP(nn.Module):
+    """The conv form. forward: logits (N, C, H, W), truth (N, H, W) -> penalty, own (scalars, see the file's head)."""
+
+    def __init__(self, classes=2, activation="gelu"):
+        super().__init__()
+        self.autoencoder = ConvAutoencoder(classes, activation=activation)
+
+    def forward(self, logits, truth, class_weights=None):
+        classes = torch.arange(logits.shape[1], device=truth.device)[:, None, None]
+        one_hot = (truth[:, None] == classes).float()                                  # (N, C, H, W)
+        embedding = self.autoencoder.encode(one_hot)                                   # (N, E, H/8, W/8)
+        own = F.cross_entropy(self.autoencoder.decode(embedding, truth.shape[-2:]).float(), truth)
+        target = embedding.detach().float()
+        variance = target.var((0, 2, 3), keepdim=True)                                 # (1, E, 1, 1)
+        self.autoencoder.requires_grad_(False)  # the gradient passes through E to the logits and stops there
+        predicted = self.autoencoder.encode(logits.softmax(1)).float()                 # (N, E, H/8, W/8)
+        self.autoencoder.requires_grad_(True)
+        # a batch with no nucleus at all has no variance: 1e-3 keeps its penalty finite
+        penalty = ((predicted - target) ** 2 / (variance + 1e-3)).mean()
+        return penalty, own
+
+
+class LinearAPP(nn.Module):
+    """The linear form. forward: logits (N, C, H, width), truth (N, H, width) -> penalty, own = 0."""
+
+    def __init__(self, width=480, activation="gelu"):
+        super().__init__()
+        self.autoencoder = RowAutoencoder(width, activation)
+
+    def forward(self, logits, truth, class_weights=None):
+        penalty = F.cross_entropy(self.autoencoder(logits).float(), truth, class_weights)
+        return penalty, torch.zeros_like(penalty)
+
+
+def build_app(form, width, classes=2, activation="gelu"):
+    """The APP module of `form` ("conv" or "linear"; None for "none") for training tiles `width` pixels wide."""
+    if form == "none":
+        return None
+    return ConvAPP(classes, activation) if form == "conv" else LinearAPP(width, activation)
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+def balanced_class_weights(nucleus_fraction):
+    """(background, nucleus) weights of the cross-entropy: each class weighs what the other's share of the pixels is.
+
+    That is inverse frequency scaled to sum 1. The published 0.1479, 0.8521 are this formula's for the private set.
+    Raises ValueError for a fraction of 0 or 1: one class alone cannot be balanced.
+    """
+    if not 0 < nucleus_fraction < 1:
+        raise ValueError(f"class weights need both classes; the share of nucleus pixels is {nucleus_fraction:g}")
+    return nucleus_fraction, 1 - nucleus_fraction
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+def confusion(predicted, truth):
+    """Pixel counts (tp, fp, fn, tn) of a predicted and a true mask (H, W), bool: an int64 tensor (4,)."""
+    tp = (predicted & truth).sum()
+    fp, fn = predicted.sum() - tp, truth.sum() - tp
+    return torch.stack([tp, fp, fn, predicted.numel() - tp - fp - fn])
+
+
+def segmentation_scores(counts):
+    """Scores in [0, 1] of the nucleus class from a table of pixel counts (images, 4): tp, fp, fn, tn.
+
+    All but mean_image_iou pool the pixels of all images, as the paper does: IoU = TP / (TP + FP + FN).
+    mean_image_iou is the mean of the images' own IoUs. Where no nucleus is and none was found, IoU, dice, precision and
+    recall are 1 (an empty field rightly left empty); any other 0 / 0, as the precision of finding nothing, is 0.
+    """
+    counts = torch.as_tensor(counts, dtype=torch.float64).reshape(-1, 4)
+    tp, fp, fn, tn = counts.sum(0)
+    empty = float(tp + fp + fn == 0)
+    return {"iou": _ratio(tp, tp + fp + fn, empty), "dice": _ratio(2 * tp, 2 * tp + fp + fn, empty),
+            "pixel_accuracy": _ratio(tp + tn, tp + fp + fn + tn, empty),
+            "precision": _ratio(tp, tp + fp, empty), "recall": _ratio(tp, tp + fn, empty),
+            "mean_image_iou": sum(map(image_iou, counts)) / max(1, len(counts)), "images": len(counts)}
+
+
+def image_iou(counts):
+    """IoU of one image from its pixel counts (tp, fp, fn, tn); 1 for an empty field left empty."""
+    tp, fp, fn, _ = counts
+    return _ratio(tp, tp + fp + fn, 1.0)
+
+
+def _ratio(part, whole, otherwise):
+    return float(part / whole) if whole > 0 else otherwise
