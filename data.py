@@ -1,0 +1,697 @@
+"""Images and masks: reading, manifests and splits, crops and augmentation, the built-in synthetic set.
+
+    python data.py synthetic OUT              write the built-in synthetic set
+    python data.py dsb2018 STAGE1_TRAIN OUT   import the Data Science Bowl 2018 download (its fluorescence fields)
+    python data.py check DIR                  say what is found in a data folder, and what is wrong with it
+
+A data folder holds segmentation.csv (image,mask,split[,patient]); without one, inForm's file names are recognised.
+Arrays: image (C, H, W) float32 in [0, 1], mask (H, W) bool, True where a nucleus is.
+"""
+import argparse
+import csv
+import logging
+import math
+import random
+import re
+import sys
+import warnings
+import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of broken files one clear line is said, here
+warnings.filterwarnings("ignore", module="PIL")
+
+SPLITS = ("train", "validation", "test")
+TIFF, PICTURE = (".tif", ".tiff"), (".png", ".jpg", ".jpeg", ".bmp")
+PERCENTILES = (1, 99.8)       # brought to 0 and 1, as StarDist does
+ROTATION = 10                 # degrees: the paper's small rotation
+VALIDATION_SHARE = 0.2        # of the training images, where a data folder names no validation rows
+PUBLISHED_PATIENTS = {        # the paper's split of its private set
+    "train": ("121919_Myo089", "121919_Myo253", "121919_Myo368"),
+    "validation": ("121919_Myo208", "121919_Myo388"), "test": ("121919_Myo231", "121919_Myo511")}
+
+
+class DataError(ValueError):
+    """Something about the user's data is wrong; the message is one line that names the file and what would be right."""
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+def read_image(path, channels=("DAPI",)):
+    """Raw image (C, H, W) float32 of a TIFF, PNG or JPEG file, and the names of its channels.
+
+    Of a TIFF with several pages those named in `channels` are taken, in that order; a number names a page by its place,
+    from 0. Single pages and pictures are taken whole, 1 channel if grey, 3 if coloured (alpha is dropped).
+    Raises DataError.
+    """
+    path = Path(path)
+    if path.suffix.lower() in TIFF:
+        with _reading(path), tifffile.TiffFile(path) as tiff:
+            pages = _stain_pages(tiff)
+            if len(pages) == 1:
+                chosen = [(pages[0][1] or "page 0", pages[0][0])]
+            else:
+                chosen = [(name, _find_page(path, pages, name)) for name in channels]
+            arrays = [_page_array(path, page) for _, page in chosen]
+        names = tuple(name for name, _ in chosen)
+    else:
+        arrays, names = [_read_picture(path)], ("grey",)
+    image = np.concatenate([_channels_first(array) for array in arrays]).astype(np.float32)
+    if len(arrays) == 1 and len(image) == 3:
+        names = ("red", "green", "blue")
+    if not np.isfinite(image).all():
+        raise DataError(f"{path}: holds pixels that are NaN or infinite; write it again with finite values")
+    return image, names                                                                                   # (C, H, W)
+
+
+def read_mask(path):
+    """Mask (H, W) bool of a PNG or TIFF file: True wherever the file is not 0 (labels are fine).
+
+    Of inForm's _binary_seg_maps.tif the page of the compartment Nucleus is taken. Raises DataError.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        raise DataError(f"{path}: a mask must be PNG or TIFF: JPEG blurs its values")
+    if path.suffix.lower() in TIFF:
+        with _reading(path), tifffile.TiffFile(path) as tiff:
+            compartments = [_description(page).get("CompartmentType") for page in tiff.pages]
+            page = tiff.pages[0]
+            if any(compartments):
+                if "Nucleus" not in compartments:
+                    has = ", ".join(filter(None, compartments))
+                    raise DataError(f"{path}: no page of compartment Nucleus; it has {has}")
+                page = tiff.pages[compartments.index("Nucleus")]
+            mask = _page_array(path, page)
+    else:
+        mask = _read_picture(path, palette_index=True)
+    return (_channels_first(mask) != 0).any(0)                                                            # (H, W)
+
+
+def normalise(image):
+    """Brings each channel of an image (C, H, W) to [0, 1]: its percentiles 1 and 99.8 become 0 and 1.
+
+    The 99.8th percentile of a channel that is dark nearly everywhere can equal the 1st: then its largest value is used.
+    A constant channel becomes 0.
+    """
+    low, high = np.percentile(image, PERCENTILES, axis=(1, 2), keepdims=True).astype(np.float32)          # (C, 1, 1)
+    high = np.where(high > low, high, image.max((1, 2), keepdims=True))
+    return ((image - low) / np.where(high > low, high - low, 1)).clip(0, 1)
+
+
+class _reading:
+    """Turns whatever a decoder raises into a DataError that names the file."""
+
+    def __init__(self, path):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file" if not path.is_dir() else f"{path}: is a folder, not an image file")
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if isinstance(error, Exception) and not isinstance(error, DataError):  # decoders raise nearly every kind
+            detail = " ".join(str(error).split())[:120] or kind.__name__
+            raise DataError(f"{self.path}: cannot be read; is it a whole TIFF, PNG or JPEG file? ({detail})") from error
+
+
+def _description(page):
+    """The elements directly under the root of the XML that inForm writes in a page's ImageDescription: {tag: text}."""
+    try:
+        root = ET.fromstring(page.description.strip("\0 \n"))
+    except ET.ParseError:
+        return {}  # nothing, or another program's text
+    return {element.tag: (element.text or "").strip() for element in root}
+
+
+def _stain_pages(tiff):
+    """[(page, stain's name or None)] of the pages at full resolution, without thumbnail or pages of another size."""
+    described = [(page, _description(page)) for page in tiff.pages]
+    described = [(page, xml) for page, xml in described if xml.get("ImageType", "FullResolution") == "FullResolution"]
+    if not described:
+        raise DataError(f"{tiff.filename}: holds no page at full resolution")
+    size = described[0][0].shape[:2]
+    return [(page, xml.get("Name")) for page, xml in described if page.shape[:2] == size]
+
+
+def _find_page(path, pages, name):
+    names = [found for _, found in pages]
+    if name in names:
+        return pages[names.index(name)][0]
+    if name.isdigit() and int(name) < len(pages):
+        return pages[int(name)][0]
+    if any(names):
+        raise DataError(f"{path}: no page named {name!r} (--channel); it has {', '.join(filter(None, names))}")
+    raise DataError(f"{path}: its {len(pages)} pages have no names, so {name!r} (--channel) is not found; "
+                    f"give their numbers, 0 to {len(pages) - 1}")
+
+
+def _page_array(path, page):
+    if page.dtype is None:
+        raise ValueError("unknown pixel type")
+    try:
+        array = page.asarray()
+    except (ValueError, ImportError) as error:
+        if "imagecodecs" not in str(error):
+            raise
+        with Image.open(path) as picture:  # LZW, which inForm writes, needs imagecodecs in tifffile; Pillow has its own
+            picture.seek(page.index)
+            array = np.asarray(picture)
+    if page.axes == "SYX":
+        array = np.moveaxis(array, 0, -1)
+    return array                                                                                # (H, W) or (H, W, C)
+
+
+def _read_picture(path, palette_index=False):
+    with _reading(path), Image.open(path) as picture:
+        if picture.mode == "P" and not palette_index:
+            picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
+        elif picture.mode in ("CMYK", "YCbCr", "HSV", "LAB"):
+            picture = picture.convert("RGB")
+        return np.asarray(picture)                                                              # (H, W) or (H, W, C)
+
+
+def _channels_first(array):
+    if array.ndim == 2:
+        return array[None]
+    if array.ndim != 3:
+        raise DataError(f"an image must have one grey or coloured plane a page, got an array of shape {array.shape}")
+    colours = array.shape[-1] - (array.shape[-1] in (2, 4))  # alpha is not a colour
+    return np.moveaxis(array[..., :colours], -1, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ manifests
+@dataclass
+class Record:
+    """One row of a manifest; image and mask are whole paths."""
+    image: Path
+    mask: Path
+    split: str
+    patient: str = ""
+
+
+def find_records(folder, seed=0):
+    """The records of a data folder and a list of lines that say how they were found and split.
+
+    From segmentation.csv where there is one, else from inForm's file names. Without validation rows, whole patients (or
+    else images) of the training rows become validation, drawn by `seed`. Raises DataError.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder (--data)")
+    manifest = folder / "segmentation.csv"
+    if manifest.is_file():
+        records, said = read_manifest(manifest), [f"{manifest}"]
+    else:
+        records, said = _inform_records(folder)
+        if not records:
+            raise DataError(f"{folder}: holds neither segmentation.csv (image,mask,split[,patient]) nor inForm files "
+                            f"(*_component_data.tif with masks)")
+        said += _split_patients(records, seed)
+    if not any(record.split == "validation" for record in records):
+        said.append(_move(records, "validation", seed))
+    return records, said
+
+
+def read_manifest(manifest):
+    """The records of a segmentation.csv; paths are relative to it and stay below its folder. Raises DataError."""
+    try:
+        with open(manifest, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{manifest}: is not a CSV file in UTF-8 ({error})") from error
+    if not rows:
+        raise DataError(f"{manifest}: is empty; it needs a line image,mask,split[,patient] and one line an image")
+    missing = [column for column in ("image", "mask", "split") if column not in rows[0]]
+    if missing:
+        raise DataError(f"{manifest}: has no column {missing[0]!r}; its first line must be image,mask,split[,patient]")
+    records = []
+    for line, row in enumerate(rows, 2):
+        where = f"{manifest}, line {line}"
+        if row["split"] not in SPLITS:
+            raise DataError(f"{where}: split {row['split']!r} is none of {', '.join(SPLITS)}")
+        paths = []
+        for column in ("image", "mask"):
+            path = Path(row[column] or "")
+            if not row[column] or path.is_absolute() or ".." in path.parts:
+                raise DataError(f"{where}: {column} {row[column]!r} must be a path below the manifest's folder")
+            if not (manifest.parent / path).is_file():
+                raise DataError(f"{where}: {column} {row[column]!r} is not there")
+            paths.append(manifest.parent / path)
+        records.append(Record(*paths, row["split"], row.get("patient") or ""))
+    return records
+
+
+def _inform_records(folder):
+    """Records of all *_component_data.tif below a folder that have a mask; the slide, before _[x,y], is the patient."""
+    files = {path.name: path for path in sorted(folder.rglob("*.tif"))}
+    images = [path for name, path in files.items() if name.endswith("_component_data.tif")]
+    records = []
+    for image in images:
+        names = (f"{image.name}Mask.tif", image.name.replace("_component_data.tif", "_binary_seg_maps.tif"))
+        mask = next((files[name] for name in names if name in files), None)
+        if mask:
+            slide = re.sub(r"(_\[[\d.,]+\])?_component_data\.tif$", "", image.name)
+            records.append(Record(image, mask, "train", slide))
+    said = [f"{folder}: {len(records)} inForm component files with masks"]
+    if len(records) < len(images):
+        said.append(f"{len(images) - len(records)} component files have no mask and are left out")
+    return records, said
+
+
+def _split_patients(records, seed):
+    """The published split where the slides are the published patients', else a fifth of the patients for the test."""
+    split_of = {patient: split for split, patients in PUBLISHED_PATIENTS.items() for patient in patients}
+    if all(record.patient in split_of for record in records):
+        for record in records:
+            record.split = split_of[record.patient]
+        return ["split by patient as in the paper"]
+    return [_move(records, "test", seed)]
+
+
+def _move(records, split, seed):
+    """Moves VALIDATION_SHARE of the training records to another split, whole patients where there are several."""
+    train = [record for record in records if record.split == "train"]
+    if len(train) < 2:
+        raise DataError(f"there are {len(train)} training images, too few to take some for {split}: add {split} images")
+    patients = sorted({record.patient for record in train})
+    groups = [[r for r in train if r.patient == patient] for patient in patients]
+    unit = "patients"
+    if len(groups) < 2:
+        groups, unit = [[record] for record in train], "images"
+    random.Random(seed).shuffle(groups)
+    moved = []
+    while not moved or len(moved) + len(groups[-1]) <= VALIDATION_SHARE * len(train):
+        moved += groups.pop()
+    for record in moved:
+        record.split = split
+    return f"no {split} rows: {len(moved)} of {len(train)} training images became it, by whole {unit}, seed {seed}"
+
+
+# --------------------------------------------------------------------------------------------------------------- fields
+@dataclass
+class Field:
+    """One image with its mask, read and normalised: image (C, H, W) float32 in [0, 1], mask (H, W) bool."""
+    record: Record
+    image: torch.Tensor
+    mask: torch.Tensor
+    channels: tuple
+
+
+def read_field(record, channels=("DAPI",)):
+    """Reads a record's image and mask. Raises DataError, also when their sizes differ."""
+    image, names = read_image(record.image, channels)
+    mask = read_mask(record.mask)
+    if image.shape[1:] != mask.shape:
+        raise DataError(f"{record.mask}: the mask is {_size(mask)} pixels, its image {record.image.name} "
+                        f"{_size(image)}; they must be equal")
+    return Field(record, torch.from_numpy(normalise(image)), torch.from_numpy(mask), names)
+
+
+def read_fields(records, channels=("DAPI",), what="images"):
+    """All fields of the records, read once and kept in memory, in the records' order. Raises DataError."""
+    with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
+        fields = list(tqdm(pool.map(lambda record: read_field(record, channels), records), f"reading {what}",
+                           len(records), unit="image", leave=False, disable=None))
+    for field in fields:
+        if len(field.image) != len(fields[0].image):
+            raise DataError(f"{field.record.image}: has {len(field.image)} channels, {fields[0].record.image.name} has "
+                            f"{len(fields[0].image)}; all images of a data folder must have as many")
+    return fields
+
+
+def _size(array):
+    return f"{array.shape[-2]}x{array.shape[-1]}"
+
+
+# ----------------------------------------------------------------------------------------------- crops and augmentation
+class Crops(torch.utils.data.Dataset):
+    """Random tiles of the training fields, augmented: image (C, tile, tile) float32, mask (tile, tile) int64.
+
+    An epoch draws from each field as many crops as tiles cover its area. Each crop has a random state of its own, from
+    (seed, epoch, place in the epoch): the same crops come with any number of workers, and after a resume.
+    """
+
+    def __init__(self, fields, tile, seed=0):
+        self.fields, self.tile, self.seed, self.epoch = fields, tile, seed, 0
+        self.owner = [i for i, field in enumerate(fields) for _ in range(math.ceil(field.mask.numel() / tile ** 2))]
+
+    def __len__(self):
+        return len(self.owner)
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        field = self.fields[self.owner[index]]
+        image, mask = random_crop(field.image, field.mask, self.tile, rng)
+        return image, mask.long()
+
+
+def random_crop(image, mask, tile, rng):
+    """One random tile of image (C, H, W) and mask (H, W), both changed alike: place, flips, quarter turns, and for half
+    of the tiles a rotation within +-ROTATION degrees. Beyond the border the field is mirrored.
+    """
+    angle = math.radians(rng.uniform(-ROTATION, ROTATION)) if rng.random() < 0.5 else 0.0
+    # a tile turned by `angle` fits in a square of this side, so no corner is invented where the field is large enough
+    side = tile if angle == 0 else math.ceil(tile * (math.cos(angle) + abs(math.sin(angle))))
+    rows, columns = (_mirrored(size, side, rng) for size in mask.shape)
+    if isinstance(rows, slice) and isinstance(columns, slice):
+        image, mask = image[:, rows, columns], mask[rows, columns]
+    else:
+        rows, columns = (torch.arange(s.start, s.stop) if isinstance(s, slice) else s for s in (rows, columns))
+        image, mask = image[:, rows[:, None], columns], mask[rows[:, None], columns]
+    if angle:
+        image, mask = _rotate(image, mask, angle, tile)
+    turns, flip = int(rng.integers(4)), rng.random() < 0.5
+    image, mask = image.rot90(turns, (1, 2)), mask.rot90(turns)
+    if flip:
+        image, mask = image.flip(2), mask.flip(1)
+    return image.contiguous(), mask.contiguous()                                        # (C, tile, tile), (tile, tile)
+
+
+def _mirrored(size, side, rng):
+    """Random window of `side` pixels along an axis of `size`: a slice, or, if too short, indices back and forth."""
+    if size >= side:
+        start = int(rng.integers(size - side + 1))
+        return slice(start, start + side)
+    start = int(rng.integers(side - size + 1)) - (side - size)
+    period = max(1, 2 * (size - 1))
+    index = (torch.arange(start, start + side) % period).abs()
+    return torch.minimum(index, period - index) if size > 1 else torch.zeros(side, dtype=torch.long)
+
+
+def _rotate(image, mask, angle, tile):
+    """The tile x tile middle of a square image and mask, turned by `angle`: image bilinear, mask nearest."""
+    side = mask.shape[-1]
+    axis = (torch.arange(tile) - (tile - 1) / 2) * (2 / side)                           # in [-1, 1] of the square
+    y, x = axis[:, None], axis[None, :]
+    grid = torch.stack([math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y], -1)[None]
+    image = F.grid_sample(image[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False)[0]
+    mask = F.grid_sample(mask[None, None].float(), grid, mode="nearest", padding_mode="reflection", align_corners=False)
+    return image, mask[0, 0] > 0.5
+
+
+# -------------------------------------------------------------------------------------------------------- synthetic set
+# Pages in this order: as in real inForm files, DAPI is not the first. A phenotype is a set of markers around a nucleus.
+STAINS = {"CXCR3": (80, 0, 135), "CD19": (255, 0, 60), "CXCR5": (160, 0, 0), "DAPI": (0, 0, 150), "PD1": (0, 80, 120),
+          "CD4": (0, 160, 0), "CD27": (200, 0, 0), "Autofluorescence": (30, 30, 20)}  # name: colour in the thumbnail
+PHENOTYPES = {"b": ("CD19",), "tfh": ("CD4", "CXCR5", "PD1", "CXCR3"), "tfh217": ("CD4", "CXCR5", "PD1"),
+              "tfhl": ("CD4", "PD1"), "other": ("CD4", "CD27")}
+SYNTHETIC_SIZE = (256, 320)
+SYNTHETIC_PATIENTS = {"train": range(1, 9), "validation": range(9, 11), "test": range(11, 13)}
+FIELDS_PER_PATIENT = 8
+
+
+def write_synthetic(folder, seed=77):
+    """Writes the synthetic set: inForm-style TIFFs of eight stains with an RGB thumbnail, masks of nucleus labels,
+    segmentation.csv and classification.csv. The same seed gives the same bytes. Raises DataError."""
+    folder = Path(folder)
+    _refuse_filled(folder)
+    work = folder.with_name(folder.name + ".part")  # renamed when whole, so that an interruption leaves no half set
+    work.mkdir(parents=True, exist_ok=True)
+    segmentation, classification = [], []
+    jobs = [(split, patient, number) for split, patients in SYNTHETIC_PATIENTS.items() for patient in patients
+            for number in range(FIELDS_PER_PATIENT)]
+    for split, patient, number in tqdm(jobs, "synthetic fields", unit="field", leave=False, disable=None):
+        stains, labels, phenotypes = synthetic_field(np.random.default_rng((seed, patient)),
+                                                     np.random.default_rng((seed, patient, number)))
+        slide = f"SYN{patient:02d}"
+        name = f"{slide}_[{9000 + 400 * number},{41000 + 350 * patient}]_component_data.tif"
+        _write_inform(work / name, slide, stains)
+        tifffile.imwrite(work / f"{name}Mask.tif", labels, compression="zlib", metadata=None)
+        segmentation.append((name, f"{name}Mask.tif", split, slide))
+        classification.append((name, ";".join(phenotypes), split, slide))
+    _write_csv(work / "segmentation.csv", ("image", "mask", "split", "patient"), segmentation)
+    _write_csv(work / "classification.csv", ("image", "labels", "split", "patient"), classification)
+    if folder.exists():
+        folder.rmdir()
+    work.rename(folder)
+
+
+def synthetic_field(patient_rng, rng):
+    """One field: stains {name: (H, W) float32, in inForm's units}, labels (H, W) uint16, its phenotypes.
+
+    patient_rng draws what a patient's fields share: how strong each stain is, how large the nuclei are, how crowded.
+    """
+    height, width = SYNTHETIC_SIZE
+    strength = dict(zip(STAINS, patient_rng.lognormal(0, 0.25, len(STAINS))))
+    mean_radius, crowd = patient_rng.uniform(7.5, 10), int(patient_rng.integers(70, 120))
+    stains = {name: np.zeros((height, width), np.float32) for name in STAINS}
+    labels = np.zeros((height, width), np.uint16)
+    chromatin = _blur(rng.standard_normal((height, width), np.float32), 1.2) * 3        # texture within nuclei, sd ~ 1
+    wanted = [name for name in PHENOTYPES if rng.random() < 0.4] or [list(PHENOTYPES)[rng.integers(len(PHENOTYPES))]]
+    kinds = [name for name in wanted for _ in range(rng.integers(6, 14))]               # one a cell; the rest have none
+    for number, (y, x, radius) in enumerate(_place_nuclei(rng, crowd, mean_radius), 1):
+        reach = int(2 * radius) + 6
+        rows, columns = slice(max(0, int(y) - reach), int(y) + reach), slice(max(0, int(x) - reach), int(x) + reach)
+        dy, dx = np.ogrid[rows.start:min(rows.stop, height), columns.start:min(columns.stop, width)]
+        dy, dx = (dy - y).astype(np.float32), (dx - x).astype(np.float32)
+        angle, stretch = rng.uniform(0, math.pi), rng.uniform(1, 1.3)
+        along = (dx * math.cos(angle) + dy * math.sin(angle)) / stretch
+        across = (dy * math.cos(angle) - dx * math.sin(angle)) * stretch
+        turn = np.arctan2(across, along)
+        waves = sum(rng.uniform(0, 0.07) * np.cos(k * turn + rng.uniform(0, 2 * math.pi)) for k in (2, 3, 5))
+        inside = radius * (1 + waves) - np.hypot(along, across)                         # pixels inside the border
+        nucleus = (inside + 0.5).clip(0, 1)
+        stains["DAPI"][rows, columns] += rng.lognormal(0, 0.35) * nucleus * (1 + 0.2 * chromatin[rows, columns]).clip(0)
+        labels[rows, columns][nucleus > 0.5] = number
+        if number <= len(kinds):
+            ring = (inside + 4).clip(0, 1) * (1 - 0.7 * nucleus)                        # cytoplasm and membrane
+            for marker in PHENOTYPES[kinds[number - 1]]:
+                stains[marker][rows, columns] += rng.lognormal(0, 0.2) * ring
+    _add_debris(rng, stains["DAPI"])
+    fibres = np.exp(-(_clouds(rng, 7) / 0.12) ** 2) * _clouds(rng, 4).clip(0)           # lines where a cloud crosses 0
+    for name in STAINS:
+        uneven = 1 + 0.3 * _clouds(rng, 3)                                              # illumination
+        haze = 0.08 + 0.12 * _clouds(rng, 4).clip(0) + (0.5 if name == "Autofluorescence" else 0.2) * fibres
+        signal = _blur(stains[name], 1.0)
+        glow = _enlarge(_blur(signal[::4, ::4], 2.5))                                   # light from out of focus
+        clean = ((signal + 0.25 * glow) * strength[name] * uneven + haze).clip(0)
+        photons = 80.0                                                                  # a pixel of brightness 1
+        noisy = clean + np.sqrt(clean / photons) * rng.standard_normal(clean.shape, np.float32)
+        noisy += 0.01 * rng.standard_normal(clean.shape, np.float32)                    # read noise
+        stains[name] = (np.round(noisy.clip(0) * 20 * 16) / 16).astype(np.float32)      # few digits: they compress well
+    return stains, labels, wanted
+
+
+def _place_nuclei(rng, count, mean_radius):
+    """(y, x, radius) of nuclei, half of them in clusters; they may overlap by a third of their radii."""
+    height, width = SYNTHETIC_SIZE
+    clusters = rng.uniform((0, 0), (height, width), (4, 2))
+    placed = np.empty((0, 3))
+    for _ in range(4 * count):
+        radius = mean_radius * rng.lognormal(0, 0.18)
+        centre = rng.uniform((0, 0), (height, width))
+        if rng.random() < 0.5:
+            centre = clusters[rng.integers(len(clusters))] + rng.normal(0, 28, 2)
+        distance = np.hypot(*(placed[:, :2] - centre).T)
+        inside = (centre >= 0).all() and (centre < (height, width)).all()
+        if inside and (distance > 0.7 * (placed[:, 2] + radius)).all():
+            placed = np.vstack([placed, [*centre, radius]])
+        if len(placed) == count:
+            break
+    return placed
+
+
+def _add_debris(rng, stain):
+    """Bright specks too small to be nuclei."""
+    for y, x in rng.uniform((3, 3), np.array(stain.shape) - 4, (8, 2)).astype(int):
+        stain[y:y + rng.integers(1, 4), x:x + rng.integers(1, 4)] += rng.uniform(0.5, 2)
+
+
+def _blur(image, sigma):
+    """Gaussian blur (H, W), the border repeated."""
+    reach = math.ceil(3 * sigma)
+    kernel = np.exp(-np.arange(-reach, reach + 1) ** 2 / (2 * sigma ** 2)).astype(np.float32)
+    kernel /= kernel.sum()
+    for _ in range(2):  # along the rows, then, turned, along the columns
+        padded = np.pad(image, ((reach, reach), (0, 0)), "edge")
+        image = sum(weight * padded[i:i + len(image)] for i, weight in enumerate(kernel)).T
+    return np.ascontiguousarray(image)
+
+
+def _clouds(rng, cells):
+    """Smooth noise (H, W) about within [-1, 1], with `cells` random values along each axis."""
+    return _enlarge(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
+
+
+def _enlarge(grid):
+    """A small array drawn out to the field's size, smoothly: along each axis a cubic step from value to value."""
+    for size in SYNTHETIC_SIZE:  # along the rows, then, turned, along the columns
+        place = np.linspace(0, len(grid) - 1, size, dtype=np.float32)
+        before = np.minimum(place.astype(int), len(grid) - 2)
+        step = place - before
+        step = (step * step * (3 - 2 * step))[:, None]
+        grid = ((1 - step) * grid[before] + step * grid[before + 1]).T
+    return grid
+
+
+def _write_inform(path, slide, stains):
+    def description(kind, extra=""):
+        return (f'<?xml version="1.0" encoding="utf-16"?>\n<PerkinElmer-QPI-ImageDescription>\n'
+                f"  <ImageType>{kind}</ImageType>\n  <SlideID>{slide}</SlideID>\n{extra}"
+                f"</PerkinElmer-QPI-ImageDescription>")
+
+    thumbnail = 0
+    with tifffile.TiffWriter(path) as tiff:
+        for name, stain in stains.items():
+            colour = ",".join(map(str, STAINS[name]))
+            extra = f"  <Name>{name}</Name>\n  <Color>{colour}</Color>\n"
+            tiff.write(stain, photometric="minisblack", compression="zlib", compressionargs={"level": 1}, metadata=None,
+                       description=description("FullResolution", extra))
+            small = stain.reshape(stain.shape[0] // 4, 4, stain.shape[1] // 4, 4).mean((1, 3))
+            thumbnail = thumbnail + small[..., None] / 20 * np.array(STAINS[name], np.float32)
+        tiff.write(thumbnail.clip(0, 255).astype(np.uint8), photometric="rgb", compression="zlib", metadata=None,
+                   description=description("Thumbnail"))
+
+
+# -------------------------------------------------------------------------------------------------- import and check
+def import_dsb2018(source, folder, seed=77):
+    """Writes a data folder from the Data Science Bowl 2018 download (stage1_train/ID/images, ID/masks): grey images,
+    masks of nucleus labels, segmentation.csv with 70 % / 15 % / 15 % of the fields drawn by `seed`.
+
+    Only fluorescence fields are taken: colourless, with a dark background. Returns lines that say what was done.
+    """
+    source, folder = Path(source), Path(folder)
+    fields = sorted(path for path in source.glob("*") if (path / "images").is_dir() and (path / "masks").is_dir())
+    if not fields:
+        raise DataError(f"{source}: holds no folders ID/images and ID/masks; give the download's stage1_train")
+    _refuse_filled(folder)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    taken = []
+    for field in tqdm(fields, "importing", unit="field", leave=False, disable=None):
+        pictures = sorted((field / "images").glob("*.png"))
+        if len(pictures) != 1:
+            raise DataError(f"{field / 'images'}: holds {len(pictures)} PNG files; it must be one")
+        image = _channels_first(_read_picture(pictures[0]))                             # (1 or 3, H, W)
+        if (image != image[:1]).any() or np.median(image) > 127:
+            continue
+        labels = np.zeros(image.shape[1:], np.uint16)
+        for number, path in enumerate(sorted((field / "masks").glob("*.png")), 1):
+            mask = read_mask(path)
+            if mask.shape != labels.shape:
+                raise DataError(f"{path}: is {_size(mask)} pixels, its image {_size(labels)}; they must be equal")
+            labels[mask] = number
+        Image.fromarray(image[0]).save(folder / "images" / f"{field.name}.png")
+        Image.fromarray(labels).save(folder / "masks" / f"{field.name}.png")
+        taken.append(field.name)
+    random.Random(seed).shuffle(taken)
+    held = round(0.15 * len(taken))
+    split = ["test"] * held + ["validation"] * held + ["train"] * (len(taken) - 2 * held)
+    _write_csv(folder / "segmentation.csv", ("image", "mask", "split"),
+               sorted((f"images/{name}.png", f"masks/{name}.png", s) for name, s in zip(taken, split)))
+    left = len(fields) - len(taken)
+    return [f"{folder}: {len(taken)} fluorescence fields; {left} coloured or bright-field ones left out"]
+
+
+def check(folder, channels=("DAPI",)):
+    """What is in a data folder: (lines that describe it, one line for each thing that is wrong)."""
+    records, lines = find_records(folder)
+    problems, kinds, seen = [], {}, {}
+    for split in SPLITS:
+        rows = [record for record in records if record.split == split]
+        patients = {record.patient for record in rows if record.patient}
+        lines.append(f"{split}: {len(rows)} images" + (f" of {len(patients)} patients" if patients else ""))
+        nuclei = pixels = 0
+        for record in tqdm(rows, f"reading {split}", unit="image", leave=False, disable=None):
+            for what in filter(None, (str(record.image), f"patient {record.patient}" if record.patient else "")):
+                if seen.setdefault(what, split) != split:
+                    problems.append(f"{what} is in two splits, {seen[what]} and {split}: what is tested was trained on")
+            try:
+                field = read_field(record, channels)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            kinds.setdefault(field.channels, set()).add(_size(field.mask))
+            nuclei, pixels = nuclei + int(field.mask.sum()), pixels + field.mask.numel()
+            if not field.mask.any():
+                problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this field?")
+            if field.image.max() == 0:
+                problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
+        if pixels:
+            lines.append(f"  {nuclei / pixels:.1%} of the pixels are nucleus")
+        if not rows:
+            problems.append(f"there are no rows of split {split}")
+    for names, sizes in kinds.items():
+        sizes = sorted(sizes)
+        lines.append(f"channels {', '.join(names)}; sizes {', '.join(sizes[:8])}{' ...' if len(sizes) > 8 else ''}")
+    if len({len(names) for names in kinds}) > 1:
+        problems.append("images have different numbers of channels; a network takes one number")
+    return lines, list(dict.fromkeys(problems))
+
+
+def _refuse_filled(folder):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder}: is there already; give a new or empty folder")
+
+
+def _write_csv(path, columns, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+def fail(message):
+    """Ends the program as every script here ends on bad input: one line on stderr, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help and errors of one line."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message):
+        fail(f"{message} (see --help)")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    synthetic = commands.add_parser("synthetic", description="Writes the built-in synthetic set to a new folder.")
+    synthetic.add_argument("out", metavar="OUT", type=Path)
+    dsb2018 = commands.add_parser("dsb2018", description="Imports the Data Science Bowl 2018 download.")
+    dsb2018.add_argument("source", metavar="STAGE1_TRAIN", type=Path)
+    dsb2018.add_argument("out", metavar="OUT", type=Path)
+    for command in (synthetic, dsb2018):
+        command.add_argument("--seed", type=int, default=77, help="[77]")
+    checks = commands.add_parser("check", description="Says what is found in a data folder, and what is wrong with it.")
+    checks.add_argument("dir", metavar="DIR", type=Path)
+    checks.add_argument("--channel", default="DAPI", help="pages of multi-page TIFFs, by name [DAPI]")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "synthetic":
+            write_synthetic(args.out, args.seed)
+            print(f"{args.out}: written; look at it with: python data.py check {args.out}")
+        elif args.command == "dsb2018":
+            print(*import_dsb2018(args.source, args.out, args.seed), sep="\n")
+        else:
+            lines, problems = check(args.dir, channel_names(args.channel))
+            print(*lines, sep="\n")
+            print(*(f"PROBLEM {problem}" for problem in problems), sep="\n", end="\n" if problems else "")
+            if problems:
+                fail(f"{args.dir}: {len(problems)} problems, listed above")
+            print("no problems found")
+    except DataError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"{error.filename or args.out}: {error.strerror}")
+
+
+def channel_names(text):
+    """The value of --channel as names: "DAPI,CD4" -> ("DAPI", "CD4")."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    main()
