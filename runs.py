@@ -1,0 +1,287 @@
+"""What train.py and test.py share about a run: its device and precision, its folder and checkpoints, the prediction of
+whole fields by tiles, and the pictures that show it."""
+import ctypes
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import dedl
+import models
+
+RUNS = Path("runs")
+SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic"
+# contours in colours that colour-blind people tell apart (Okabe & Ito)
+TRUTH, PREDICTED, BOTH = (86, 180, 233), (230, 159, 0), (255, 255, 255)
+
+
+class RunError(ValueError):
+    """A run's folder, checkpoint or setting is not usable; the message is one line, fit to be shown."""
+
+
+def command(main, argv=None):
+    """Runs a script's main; what the user can mend ends as one line on stderr and exit status 2, without traceback."""
+    try:
+        main(argv)
+    except (data.DataError, models.ModelError, RunError) as error:
+        data.fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+# ------------------------------------------------------------------------------------------------- device and precision
+@dataclass
+class Compute:
+    """Where a model runs and in which precision: autocast to amp_dtype, or float32 throughout if it is None."""
+    device: torch.device
+    amp_dtype: torch.dtype | None
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def scaler(self):
+        """fp16 alone needs its gradients scaled: its smallest number is 6e-8, that of bf16 is float32's."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+
+    def batch(self, images):
+        return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+
+
+def choose_compute(device="auto", amp="auto"):
+    """Compute for the flags --device and --amp. auto: the best device there is; bf16 where it is fast there, fp16 on
+    older GPUs, float32 elsewhere. Raises RunError for a device that is not there."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in have.items() if there)
+    if not have[device]:
+        usable = " or ".join(name for name, there in have.items() if there)
+        raise RunError(f"--device {device}: there is none here; use {usable}")
+    if amp == "auto":
+        if device == "cuda":
+            amp = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+        else:
+            amp = "bf16" if device == "cpu" and _cpu_has_fast_bf16() else "off"
+    if device == "cpu":
+        _keep_freed_memory()
+    return Compute(torch.device(device), {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])
+
+
+def _keep_freed_memory():
+    """Tells glibc to keep large freed blocks: else each step's tensors are mapped, zeroed and unmapped page by page,
+    which took a third of a training step on two cores. Elsewhere (macOS, Windows, musl) nothing is changed."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the heap's free end stays
+
+
+def _cpu_has_fast_bf16():
+    """Whether the CPU multiplies bf16 in hardware; elsewhere bf16 is emulated and slower than float32."""
+    return any(getattr(torch.cpu, test, bool)() for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+# --------------------------------------------------------------------------------------------- a run's folder and files
+def synthetic_folder():
+    """The built-in synthetic set, made on first use."""
+    if not (SYNTHETIC / "segmentation.csv").is_file():
+        print(f"making the built-in synthetic set in {SYNTHETIC} ...", flush=True)
+        data.write_synthetic(SYNTHETIC)
+    return SYNTHETIC
+
+
+def open_run(out, name, resume):
+    """The folder of a run to start, or with `resume` to go on with. Without --out it is runs/NAME, or runs/NAME-2, ...:
+    the first that is free, or with `resume` the last that is there.
+
+    Raises RunError for a folder that has a run already (or, to resume, has none).
+    """
+    if out is None:
+        out, following, number = RUNS / name, RUNS / f"{name}-2", 2
+        while (following if resume else out).exists():
+            out, number = following, number + 1
+            following = RUNS / f"{name}-{number}"
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out}: is a file; give a folder")
+    has_run = (out / "last.pt").is_file() or (out / "config.json").is_file()
+    if has_run and not resume:
+        raise RunError(f"--out {out}: holds a run already; give another folder, or --resume to go on with it")
+    if resume and not (out / "last.pt").is_file():
+        raise RunError(f"--resume: {out} has no last.pt to go on from")
+    return out
+
+
+def write_config(config, out):
+    """Makes the run's folder and writes its config.json. Raises RunError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_json(config, out / "config.json")
+    except OSError as error:
+        raise RunError(f"--out {out}: cannot be written ({error.strerror})") from error
+
+
+def newest_run():
+    """The run that was last written to below runs/."""
+    found = sorted(RUNS.glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise RunError(f"there is no run in {RUNS}/ yet; train one (python train.py) or name a run's folder")
+    return found[-1].parent
+
+
+def save_json(values, file):
+    file.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def save_checkpoint(values, file):
+    """Writes tensors and plain values; the file is replaced at once, so a crash leaves the old one."""
+    temporary = file.with_suffix(".tmp")
+    torch.save(values, temporary)
+    os.replace(temporary, file)
+
+
+def load_checkpoint(file):
+    """What save_checkpoint wrote: tensors and plain values only, code in the file is never run. Raises RunError."""
+    if not file.is_file():
+        raise RunError(f"{file}: no such file; is {file.parent} the folder of a run?")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling and zip errors have no common kind
+        detail = " ".join(str(error).split())[:100]
+        raise RunError(f"{file}: is not a checkpoint, a file of tensors and plain values ({detail})") from error
+
+
+def load_run(run):
+    """config (dict) and the trained network, on the CPU, in eval mode. Raises RunError."""
+    run = Path(run)
+    checkpoint = load_checkpoint(run / "best.pt")
+    try:
+        config = json.loads((run / "config.json").read_text())
+        model = models.build_segmenter(**checkpoint["setting"])
+        model.load_state_dict(checkpoint["model"])
+    except OSError as error:
+        raise RunError(f"{run}: has no config.json; is it the folder of a run?") from error
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise RunError(f"{run}: config.json and best.pt are not those of a run ({type(error).__name__})") from error
+    return config, model.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------- prediction
+def tile_starts(size, tile):
+    """Where tiles begin along an axis: as few as cover it, the last moved back inside; one if the field is smaller."""
+    count = math.ceil(size / tile)
+    return [round(i * (size - tile) / (count - 1)) for i in range(count)] if count > 1 else [0]
+
+
+def predict(model, image, tile, batch_size, compute):
+    """Logits (classes, H, W), float32, of a whole image (C, H, W), predicted by tiles of at most tile x tile pixels.
+
+    Where tiles overlap their logits are averaged, so each pixel of the field is predicted once and none is invented.
+    """
+    _, height, width = image.shape
+    corners = [(y, x) for y in tile_starts(height, tile) for x in tile_starts(width, tile)]
+    total = count = 0
+    for first in range(0, len(corners), batch_size):
+        chunk = corners[first:first + batch_size]
+        tiles = torch.stack([image[:, y:y + tile, x:x + tile] for y, x in chunk])       # (N, C, h, w)
+        with compute.autocast():
+            logits = model(compute.batch(tiles)).float()                                # (N, classes, h, w)
+        if len(corners) == 1:
+            return logits[0]
+        if first == 0:
+            total = torch.zeros(logits.shape[1], height, width, device=logits.device)
+            count = torch.zeros(height, width, device=logits.device)
+        for (y, x), part in zip(chunk, logits):
+            total[:, y:y + tile, x:x + tile] += part
+            count[y:y + tile, x:x + tile] += 1
+    return total / count
+
+
+@torch.inference_mode()
+def evaluate(model, fields, tile, batch_size, compute, class_weights=None, progress=iter):
+    """Predicts all fields: pixel counts (fields, 4), the mean cross-entropy, and the predicted masks (H, W) bool."""
+    model.eval()
+    counts, masks, loss, weight = [], [], 0.0, 0.0
+    for field in progress(fields):
+        logits = predict(model, field.image, tile, batch_size, compute)
+        truth = field.mask.to(logits.device)
+        loss += F.cross_entropy(logits[None], truth[None].long(), class_weights, reduction="sum").item()
+        weight += truth.numel() if class_weights is None else class_weights[truth.long()].sum().item()
+        predicted = logits.argmax(0).bool()
+        counts.append(dedl.confusion(predicted, truth).cpu())
+        masks.append(predicted.cpu())
+    return torch.stack(counts), loss / weight, masks
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+def save_samples(fields, masks, file, most=4, side=256):
+    """input | truth | prediction of up to `most` fields, evenly taken, the middle side x side pixels of each."""
+    rows = []
+    for i in np.linspace(0, len(fields) - 1, min(most, len(fields))).round().astype(int):
+        window = middle(fields[i].mask.shape, side)
+        image = as_picture(fields[i].image)[window]
+        truth, predicted = (np.repeat(mask.numpy()[window][..., None] * np.uint8(255), 3, 2)
+                            for mask in (fields[i].mask, masks[i]))
+        rows.append([(fields[i].record.image.stem, image), ("truth", truth), ("prediction", predicted)])
+    save_grid(rows, file)
+
+
+def save_sheet(fields, masks, ious, file, side=400):
+    """The best, the median and the worst image: as it is, and with the contours of truth and prediction."""
+    order = np.argsort(ious)[::-1]
+    rows = []
+    for title, i in zip(("best", "median", "worst"), (order[0], order[len(order) // 2], order[-1])):
+        height, width = fields[i].mask.shape
+        window = middle((height, width), side)
+        part = f", middle {side} x {side}" if max(height, width) > side else ""
+        image = as_picture(fields[i].image)[window].repeat(2, 0).repeat(2, 1)  # doubled: contours stay thin
+        truth, predicted = (border(mask.numpy()[window].repeat(2, 0).repeat(2, 1))
+                            for mask in (fields[i].mask, masks[i]))
+        lines = image.copy()
+        lines[truth], lines[predicted], lines[truth & predicted] = TRUTH, PREDICTED, BOTH
+        rows.append([(f"{title}: IoU {ious[i]:.3f}  {fields[i].record.image.stem} ({height} x {width}{part})", image),
+                     ("contours: blue truth, orange prediction, white both", lines)])
+    save_grid(rows, file)
+
+
+def as_picture(image):
+    """Image (C, H, W) in [0, 1] -> uint8 (H, W, 3); one channel becomes grey, of many the first three are shown."""
+    image = image.numpy()
+    shown = np.concatenate([image, np.zeros_like(image[:1])])[:3] if len(image) > 1 else image.repeat(3, 0)
+    return (shown.transpose(1, 2, 0) * 255).round().astype(np.uint8)
+
+
+def middle(shape, side):
+    return tuple(slice(max(0, (size - side) // 2), max(0, (size - side) // 2) + side) for size in shape)
+
+
+def border(mask):
+    """The pixels of a mask (H, W) that touch its outside."""
+    around = np.pad(mask, 1, "edge")
+    return mask & ~(around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:])
+
+
+def save_grid(rows, file, gap=6, strip=20):
+    """A PNG of rows of (caption, uint8 (H, W, 3)), the caption in a strip above its picture."""
+    widths = [max(row[c][1].shape[1] for row in rows) + gap for c in range(len(rows[0]))]
+    heights = [max(cell.shape[0] for _, cell in row) + strip + gap for row in rows]
+    canvas = Image.new("RGB", (sum(widths) + gap, sum(heights) + gap), (24, 24, 24))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for r, row in enumerate(rows):
+        for c, (caption, cell) in enumerate(row):
+            x, y = gap + sum(widths[:c]), gap + sum(heights[:r])
+            while draw.textlength(caption, font) > widths[c] - gap:
+                caption = caption[:-4] + "..."
+            draw.text((x, y), caption, (230, 230, 230), font)
+            canvas.paste(Image.fromarray(cell), (x, y + strip))
+    temporary = file.with_suffix(".tmp")
+    canvas.save(temporary, "PNG")
+    os.replace(temporary, file)  # whoever is looking at the old picture sees it whole

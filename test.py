@@ -1,0 +1,94 @@
+"""Measures trained runs on images they have not seen.
+
+    python test.py                             the newest run, on the test split of its data folder
+    python test.py RUN [RUN ...]               these runs
+    python test.py RUN --save-masks DIR        the predicted masks too, one PNG an image
+
+Each run's folder gets test.json (the printed numbers) and test.png (its best, median and worst image with contours).
+Whole images are measured: predicted by tiles, put together, every pixel counted once.
+"""
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import dedl
+import runs
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    folders = args.runs or [runs.newest_run()]
+    if args.save_masks and len(folders) > 1:
+        raise runs.RunError("--save-masks: takes one run, else their masks would overwrite each other")
+    compute = runs.choose_compute(args.device, args.amp)
+    for run in folders:
+        scores = test_segmentation(run, compute, args)
+        print(f"{run} on the {args.split} split of {scores['data']}")
+        for name, value in scores.items():
+            if name not in ("data", "split"):
+                print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
+
+
+def parse_args(argv):
+    parser = data.Parser(description=__doc__)
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", help="folders of trained runs [the newest in runs/]")
+    add("--data", type=Path, help="data folder [the run's own]")
+    add("--split", choices=data.SPLITS, default="test", help="[test]")
+    add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255")
+    add("--batch-size", type=int, default=8, help="tiles predicted at once; it changes memory, not results [8]")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision [auto]")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"argument --batch-size: {args.batch_size} is too small; 1 is the least")
+    return args
+
+
+def test_segmentation(run, compute, args):
+    """Predicts a split with a run's best network and writes what it finds. Returns the scores."""
+    # 1. the network and the images
+    config, model = runs.load_run(run)
+    model = model.to(compute.device, memory_format=torch.channels_last)
+    folder = args.data or Path(config["data"])
+    records, _ = data.find_records(folder, config["seed"])
+    records = [record for record in records if record.split == args.split]
+    if not records:
+        raise runs.RunError(f"{folder}: has no rows of split {args.split}; choose another --split")
+    fields = data.read_fields(records, data.channel_names(config["channel"]), f"{args.split} images")
+    channels = config["setting"]["in_channels"]
+    if len(fields[0].image) != channels:
+        raise runs.RunError(f"{records[0].image}: has {len(fields[0].image)} channels; {run} was trained on {channels}")
+
+    # 2. predict and measure
+    bar = partial(tqdm, desc=f"predicting {args.split}", unit="image", leave=False, disable=None)
+    counts, loss, masks = runs.evaluate(model, fields, config["tile"], args.batch_size, compute, progress=bar)
+    scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss, "split": args.split, "data": str(folder)}
+
+    # 3. numbers, picture, masks
+    runs.save_json(scores, Path(run) / f"{args.split}.json")
+    runs.save_sheet(fields, masks, [dedl.image_iou(c) for c in counts], Path(run) / f"{args.split}.png")
+    if args.save_masks:
+        save_masks(fields, masks, args.save_masks)
+    return scores
+
+
+def save_masks(fields, masks, folder):
+    stems = [field.record.image.stem for field in fields]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice:
+        raise runs.RunError(f"--save-masks: two images are named {twice}; their masks would overwrite each other")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stem, mask in zip(stems, masks):
+            Image.fromarray(mask.numpy().astype("uint8") * 255).save(folder / f"{stem}.png")
+    except OSError as error:
+        raise runs.RunError(f"--save-masks {folder}: cannot be written ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    runs.command(main)
