@@ -24,14 +24,14 @@ import numpy as np
 import tifffile
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of broken files one clear line is said, here
 warnings.filterwarnings("ignore", module="PIL")
 
 SPLITS = ("train", "validation", "test")
-TIFF, PICTURE = (".tif", ".tiff"), (".png", ".jpg", ".jpeg", ".bmp")
+TIFF = (".tif", ".tiff")
 PERCENTILES = (1, 99.8)       # brought to 0 and 1, as StarDist does
 ROTATION = 10                 # degrees: the paper's small rotation
 VALIDATION_SHARE = 0.2        # of the training images, where a data folder names no validation rows
@@ -56,8 +56,8 @@ def read_image(path, channels=("DAPI",)):
     if path.suffix.lower() in TIFF:
         with _reading(path), tifffile.TiffFile(path) as tiff:
             pages = _stain_pages(tiff)
-            if len(pages) == 1:
-                chosen = [(pages[0][1] or "page 0", pages[0][0])]
+            if len(pages) == 1 and not pages[0][1]:
+                chosen = [("page 0", pages[0][0])]
             else:
                 chosen = [(name, _find_page(path, pages, name)) for name in channels]
             arrays = [_page_array(path, page) for _, page in chosen]
@@ -83,13 +83,15 @@ def read_mask(path):
     if path.suffix.lower() in TIFF:
         with _reading(path), tifffile.TiffFile(path) as tiff:
             compartments = [_description(page).get("CompartmentType") for page in tiff.pages]
-            page = tiff.pages[0]
-            if any(compartments):
-                if "Nucleus" not in compartments:
-                    has = ", ".join(filter(None, compartments))
-                    raise DataError(f"{path}: no page of compartment Nucleus; it has {has}")
-                page = tiff.pages[compartments.index("Nucleus")]
-            mask = _page_array(path, page)
+            pages = [page for page in tiff.pages if page.shape == tiff.pages[0].shape]
+            if "Nucleus" in compartments:
+                pages = [tiff.pages[compartments.index("Nucleus")]]
+            elif any(compartments):
+                has = ", ".join(filter(None, compartments))
+                raise DataError(f"{path}: no page of compartment Nucleus; it has {has}")
+            if len(pages) != 1:
+                raise DataError(f"{path}: holds {len(pages)} pages; a mask must be one, or have one named Nucleus")
+            mask = _page_array(path, pages[0])
     else:
         mask = _read_picture(path, palette_index=True)
     return (_channels_first(mask) != 0).any(0)                                                            # (H, W)
@@ -155,19 +157,34 @@ def _find_page(path, pages, name):
 
 
 def _page_array(path, page):
-    if page.dtype is None:
-        raise ValueError("unknown pixel type")
+    if page.axes not in ("YX", "YXS", "SYX"):
+        raise ValueError(f"a page must be a plane, this one has the axes {page.axes}")
+    size = path.stat().st_size
+    if any(start + count > size for start, count in zip(page.dataoffsets, page.databytecounts)):
+        raise ValueError("the file ends before its pixels do")
     try:
         array = page.asarray()
+        if page.axes == "SYX":
+            array = np.moveaxis(array, 0, -1)
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u":
+            array = np.iinfo(array.dtype).max - array
     except (ValueError, ImportError) as error:
         if "imagecodecs" not in str(error):
             raise
-        with Image.open(path) as picture:  # LZW, which inForm writes, needs imagecodecs in tifffile; Pillow has its own
+        array = _page_by_pillow(path, page)
+    colours = array.shape[-1] - len(page.extrasamples)
+    return array if array.ndim == 2 else array[..., :colours]                                   # (H, W) or (H, W, C)
+
+
+def _page_by_pillow(path, page):
+    """LZW, which inForm writes, and other codecs need imagecodecs in tifffile; Pillow knows the usual ones itself."""
+    try:
+        with Image.open(path) as picture:
             picture.seek(page.index)
-            array = np.asarray(picture)
-    if page.axes == "SYX":
-        array = np.moveaxis(array, 0, -1)
-    return array                                                                                # (H, W) or (H, W, C)
+            return np.asarray(picture)
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path}: its compression {page.compression.name} needs one more package: "
+                        f"pip install imagecodecs") from error
 
 
 def _read_picture(path, palette_index=False):
@@ -176,16 +193,13 @@ def _read_picture(path, palette_index=False):
             picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
         elif picture.mode in ("CMYK", "YCbCr", "HSV", "LAB"):
             picture = picture.convert("RGB")
-        return np.asarray(picture)                                                              # (H, W) or (H, W, C)
+        array = np.asarray(picture)
+    has_alpha = array.ndim == 3 and array.shape[-1] in (2, 4)
+    return array[..., :-1] if has_alpha else array                                              # (H, W) or (H, W, C)
 
 
 def _channels_first(array):
-    if array.ndim == 2:
-        return array[None]
-    if array.ndim != 3:
-        raise DataError(f"an image must have one grey or coloured plane a page, got an array of shape {array.shape}")
-    colours = array.shape[-1] - (array.shape[-1] in (2, 4))  # alpha is not a colour
-    return np.moveaxis(array[..., :colours], -1, 0)
+    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ manifests
@@ -198,69 +212,84 @@ class Record:
     patient: str = ""
 
 
-def find_records(folder, seed=0):
+def find_records(folder, seed=77, problems=None):
     """The records of a data folder and a list of lines that say how they were found and split.
 
     From segmentation.csv where there is one, else from inForm's file names. Without validation rows, whole patients (or
-    else images) of the training rows become validation, drawn by `seed`. Raises DataError.
+    else images) of the training rows become validation, drawn by `seed`. What is wrong with rows of the manifest is
+    added to `problems`, or raised as DataError if that is None.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (--data)")
     manifest = folder / "segmentation.csv"
     if manifest.is_file():
-        records, said = read_manifest(manifest), [f"{manifest}"]
+        records, wrong = read_manifest(manifest)
+        said = [f"{manifest}"]
+        if wrong and problems is None:
+            raise DataError(wrong[0])
+        problems = [] if problems is None else problems
+        problems += wrong
     else:
         records, said = _inform_records(folder)
         if not records:
             raise DataError(f"{folder}: holds neither segmentation.csv (image,mask,split[,patient]) nor inForm files "
                             f"(*_component_data.tif with masks)")
         said += _split_patients(records, seed)
-    if not any(record.split == "validation" for record in records):
+    count = {split: sum(record.split == split for record in records) for split in SPLITS}
+    if count["validation"] == 0 and count["train"] > 1:
         said.append(_move(records, "validation", seed))
     return records, said
 
 
 def read_manifest(manifest):
-    """The records of a segmentation.csv; paths are relative to it and stay below its folder. Raises DataError."""
+    """The records of a segmentation.csv and a line for each row that is wrong. Paths are relative to the manifest and
+    stay below its folder. Raises DataError for a file that is no such manifest."""
     try:
         with open(manifest, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
+            columns = reader.fieldnames
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{manifest}: is not a CSV file in UTF-8 ({error})") from error
     if not rows:
         raise DataError(f"{manifest}: is empty; it needs a line image,mask,split[,patient] and one line an image")
-    missing = [column for column in ("image", "mask", "split") if column not in rows[0]]
-    if missing:
-        raise DataError(f"{manifest}: has no column {missing[0]!r}; its first line must be image,mask,split[,patient]")
-    records = []
-    for line, row in enumerate(rows, 2):
-        where = f"{manifest}, line {line}"
+    for column in ("image", "mask", "split"):
+        if columns.count(column) != 1:
+            raise DataError(f"{manifest}: needs one column {column!r}: its first line is image,mask,split[,patient]")
+    records, problems = [], []
+    for line, row in rows:
+        wrong = []
         if row["split"] not in SPLITS:
-            raise DataError(f"{where}: split {row['split']!r} is none of {', '.join(SPLITS)}")
-        paths = []
+            wrong.append(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
         for column in ("image", "mask"):
             path = Path(row[column] or "")
             if not row[column] or path.is_absolute() or ".." in path.parts:
-                raise DataError(f"{where}: {column} {row[column]!r} must be a path below the manifest's folder")
-            if not (manifest.parent / path).is_file():
-                raise DataError(f"{where}: {column} {row[column]!r} is not there")
-            paths.append(manifest.parent / path)
-        records.append(Record(*paths, row["split"], row.get("patient") or ""))
-    return records
+                wrong.append(f"{column} {row[column]!r} must be a path below the manifest's folder")
+            elif not (manifest.parent / path).is_file():
+                wrong.append(f"{column} {row[column]!r} is not there")
+        problems += [f"{manifest}, line {line}: {what}" for what in wrong]
+        if not wrong:
+            records.append(Record(manifest.parent / row["image"], manifest.parent / row["mask"], row["split"],
+                                  row.get("patient") or ""))
+    return records, problems
 
 
 def _inform_records(folder):
-    """Records of all *_component_data.tif below a folder that have a mask; the slide, before _[x,y], is the patient."""
-    files = {path.name: path for path in sorted(folder.rglob("*.tif"))}
-    images = [path for name, path in files.items() if name.endswith("_component_data.tif")]
+    """Records of all *_component_data.tif below a folder that have a mask, beside them or alone of its name elsewhere.
+    The slide, the name before _[x,y], is the patient."""
+    files = {}
+    for path in sorted(folder.rglob("*.tif")):
+        files.setdefault(path.name, []).append(path)
+    images = [path for name in files if name.endswith("_component_data.tif") for path in files[name]]
     records = []
     for image in images:
         names = (f"{image.name}Mask.tif", image.name.replace("_component_data.tif", "_binary_seg_maps.tif"))
-        mask = next((files[name] for name in names if name in files), None)
-        if mask:
+        masks = [path for name in names for path in files.get(name, []) if len(files[name]) == 1 or
+                 path.parent == image.parent]
+        if masks:
             slide = re.sub(r"(_\[[\d.,]+\])?_component_data\.tif$", "", image.name)
-            records.append(Record(image, mask, "train", slide))
+            records.append(Record(image, masks[0], "train", slide))
     said = [f"{folder}: {len(records)} inForm component files with masks"]
     if len(records) < len(images):
         said.append(f"{len(images) - len(records)} component files have no mask and are left out")
@@ -281,7 +310,7 @@ def _move(records, split, seed):
     """Moves VALIDATION_SHARE of the training records to another split, whole patients where there are several."""
     train = [record for record in records if record.split == "train"]
     if len(train) < 2:
-        raise DataError(f"there are {len(train)} training images, too few to take some for {split}: add {split} images")
+        raise DataError(f"there is one image: too few to take some for {split}")
     patients = sorted({record.patient for record in train})
     groups = [[r for r in train if r.patient == patient] for patient in patients]
     unit = "patients"
@@ -289,8 +318,10 @@ def _move(records, split, seed):
         groups, unit = [[record] for record in train], "images"
     random.Random(seed).shuffle(groups)
     moved = []
-    while not moved or len(moved) + len(groups[-1]) <= VALIDATION_SHARE * len(train):
-        moved += groups.pop()
+    for group in groups:
+        if len(moved) + len(group) <= VALIDATION_SHARE * len(train):
+            moved += group
+    moved = moved or min(groups, key=len)
     for record in moved:
         record.split = split
     return f"no {split} rows: {len(moved)} of {len(train)} training images became it, by whole {unit}, seed {seed}"
@@ -383,7 +414,7 @@ def _mirrored(size, side, rng):
         return slice(start, start + side)
     start = int(rng.integers(side - size + 1)) - (side - size)
     period = max(1, 2 * (size - 1))
-    index = (torch.arange(start, start + side) % period).abs()
+    index = torch.arange(start, start + side) % period
     return torch.minimum(index, period - index) if size > 1 else torch.zeros(side, dtype=torch.long)
 
 
@@ -412,7 +443,7 @@ FIELDS_PER_PATIENT = 8
 def write_synthetic(folder, seed=77):
     """Writes the synthetic set: inForm-style TIFFs of eight stains with an RGB thumbnail, masks of nucleus labels,
     segmentation.csv and classification.csv. The same seed gives the same bytes. Raises DataError."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     _refuse_filled(folder)
     work = folder.with_name(folder.name + ".part")  # renamed when whole, so that an interruption leaves no half set
     work.mkdir(parents=True, exist_ok=True)
@@ -460,7 +491,7 @@ def synthetic_field(patient_rng, rng):
         waves = sum(rng.uniform(0, 0.07) * np.cos(k * turn + rng.uniform(0, 2 * math.pi)) for k in (2, 3, 5))
         inside = radius * (1 + waves) - np.hypot(along, across)                         # pixels inside the border
         nucleus = (inside + 0.5).clip(0, 1)
-        stains["DAPI"][rows, columns] += rng.lognormal(0, 0.35) * nucleus * (1 + 0.2 * chromatin[rows, columns]).clip(0)
+        stains["DAPI"][rows, columns] += rng.lognormal(0, 0.45) * nucleus * (1 + 0.2 * chromatin[rows, columns]).clip(0)
         labels[rows, columns][nucleus > 0.5] = number
         if number <= len(kinds):
             ring = (inside + 4).clip(0, 1) * (1 - 0.7 * nucleus)                        # cytoplasm and membrane
@@ -473,8 +504,8 @@ def synthetic_field(patient_rng, rng):
         haze = 0.08 + 0.12 * _clouds(rng, 4).clip(0) + (0.5 if name == "Autofluorescence" else 0.2) * fibres
         signal = _blur(stains[name], 1.0)
         glow = _enlarge(_blur(signal[::4, ::4], 2.5))                                   # light from out of focus
-        clean = ((signal + 0.25 * glow) * strength[name] * uneven + haze).clip(0)
-        photons = 80.0                                                                  # a pixel of brightness 1
+        clean = ((signal + 0.4 * glow) * strength[name] * uneven + haze).clip(0)
+        photons = 40.0                                                                  # a pixel of brightness 1
         noisy = clean + np.sqrt(clean / photons) * rng.standard_normal(clean.shape, np.float32)
         noisy += 0.01 * rng.standard_normal(clean.shape, np.float32)                    # read noise
         stains[name] = (np.round(noisy.clip(0) * 20 * 16) / 16).astype(np.float32)      # few digits: they compress well
@@ -594,16 +625,16 @@ def import_dsb2018(source, folder, seed=77):
 
 def check(folder, channels=("DAPI",)):
     """What is in a data folder: (lines that describe it, one line for each thing that is wrong)."""
-    records, lines = find_records(folder)
     problems, kinds, seen = [], {}, {}
+    records, lines = find_records(folder, problems=problems)
     for split in SPLITS:
         rows = [record for record in records if record.split == split]
         patients = {record.patient for record in rows if record.patient}
         lines.append(f"{split}: {len(rows)} images" + (f" of {len(patients)} patients" if patients else ""))
         nuclei = pixels = 0
         for record in tqdm(rows, f"reading {split}", unit="image", leave=False, disable=None):
-            for what in filter(None, (str(record.image), f"patient {record.patient}" if record.patient else "")):
-                if seen.setdefault(what, split) != split:
+            for what in (str(record.image), record.patient and f"patient {record.patient}"):
+                if what and seen.setdefault(what, split) != split:
                     problems.append(f"{what} is in two splits, {seen[what]} and {split}: what is tested was trained on")
             try:
                 field = read_field(record, channels)
@@ -645,6 +676,32 @@ def fail(message):
     raise SystemExit(2)
 
 
+def command(main, argv=None, errors=()):
+    """Runs a script's main: what the user can mend (DataError, OSError, `errors`) ends by fail, without traceback."""
+    try:
+        main(argv)
+    except OSError as error:
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except (DataError, *errors) as error:
+        fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: a finite number from `low` to `high`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} (from {low}{f' to {high}' if high < math.inf else ''})"  # shown by argparse
+    return parse
+
+
+SEED = number(int, 0, 2 ** 31)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help and errors of one line."""
 
@@ -664,34 +721,31 @@ def main(argv=None):
     dsb2018.add_argument("source", metavar="STAGE1_TRAIN", type=Path)
     dsb2018.add_argument("out", metavar="OUT", type=Path)
     for command in (synthetic, dsb2018):
-        command.add_argument("--seed", type=int, default=77, help="[77]")
+        command.add_argument("--seed", type=SEED, default=77, help="[77]")
     checks = commands.add_parser("check", description="Says what is found in a data folder, and what is wrong with it.")
     checks.add_argument("dir", metavar="DIR", type=Path)
     checks.add_argument("--channel", default="DAPI", help="pages of multi-page TIFFs, by name [DAPI]")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "synthetic":
-            write_synthetic(args.out, args.seed)
-            print(f"{args.out}: written; look at it with: python data.py check {args.out}")
-        elif args.command == "dsb2018":
-            print(*import_dsb2018(args.source, args.out, args.seed), sep="\n")
-        else:
-            lines, problems = check(args.dir, channel_names(args.channel))
-            print(*lines, sep="\n")
-            print(*(f"PROBLEM {problem}" for problem in problems), sep="\n", end="\n" if problems else "")
-            if problems:
-                fail(f"{args.dir}: {len(problems)} problems, listed above")
-            print("no problems found")
-    except DataError as error:
-        fail(error)
-    except OSError as error:
-        fail(f"{error.filename or args.out}: {error.strerror}")
+    if args.command == "synthetic":
+        write_synthetic(args.out, args.seed)
+        print(f"{args.out}: written; look at it with: python data.py check {args.out}")
+    elif args.command == "dsb2018":
+        print(*import_dsb2018(args.source, args.out, args.seed), sep="\n")
+    else:
+        lines, problems = check(args.dir, channel_names(args.channel))
+        print(*lines, *(f"PROBLEM {problem}" for problem in problems), sep="\n")
+        if problems:
+            fail(f"{args.dir}: {len(problems)} problems, listed above")
+        print("no problems found")
 
 
 def channel_names(text):
-    """The value of --channel as names: "DAPI,CD4" -> ("DAPI", "CD4")."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    """The value of --channel as names: "DAPI,CD4" -> ("DAPI", "CD4"). Raises DataError if it holds none."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise DataError(f"--channel {text!r}: names no page; give one or more, as in DAPI,CD4")
+    return names
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

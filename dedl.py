@@ -10,16 +10,17 @@ The loss of a training step is   L = CE_w(z, y) + app_weight * penalty + own   w
 
 conv (this project's form). A convolutional autoencoder D(E(.)) learns what masks look like; its encoder E says how far
 the prediction is from the truth as a *shape*:
-    penalty = mean[(E(softmax z) - E(Y))^2] / var[E(Y)]
+    penalty = mean[(E(softmax z) - E(Y))^2] / v,   v = running mean of var[E(Y)]
     own     = CE(D(E(Y)), y)
   - `own` is the only term that trains the autoencoder, and it sees true masks alone. So E and D model nuclei, not the
     network's errors.
   - `penalty` trains the network alone: in it E's weights and E(Y) are constants. If the penalty trained E as well, it
     would be least for an E that maps everything to one point: the embedding would collapse and the penalty vanish.
-  - The scale of an embedding is arbitrary (D can undo any factor), and it drifts while E learns. Divided by the
-    variance of E(Y) over batch and positions, channel by channel, the penalty has no scale: 0 for a perfect prediction,
+  - The scale of an embedding is arbitrary (D can undo any factor), and it drifts while E learns. Divided by v, the
+    variance of E(Y) over batch and positions, mean over channels, the penalty has no scale: 0 for a perfect prediction,
     about 1 for one that embeds to the mean, about 2 for the mask of another image. app_weight then means the same at
-    any time and for any autoencoder.
+    any time and for any autoencoder. v is a running mean over about 10 steps, so that a batch without a nucleus, whose
+    variance is 0, does no harm; it starts from 1, so that an embedding that is still noise counts little.
   - `own` and CE share no weights, so no factor between them is needed (Adam is invariant to one anyway).
 
 linear (as published). A row-wise autoencoder A, a stack of Linear layers along the width, gets the logits themselves:
@@ -39,7 +40,7 @@ PUBLISHED_CLASS_WEIGHTS = (0.1479, 0.8521)  # notebooks of the paper: 14.79 % of
 
 # ---------------------------------------------------------------------------------------------------------------- APP
 class ConvAutoencoder(nn.Module):
-    """A small autoencoder of masks: stride 8, a few thousand weights, about 1/1000 of a U-Net's work.
+    """A small autoencoder of masks: stride 8, 13 thousand weights.
 
     encode: class probabilities (N, classes, H, W) -> embedding (N, channels, H/8, W/8), sizes rounded up
     decode: embedding, (H, W) -> logits of the reconstruction (N, classes, H, W)
@@ -92,6 +93,7 @@ class ConvAPP(nn.Module):
     def __init__(self, classes=2, activation="gelu"):
         super().__init__()
         self.autoencoder = ConvAutoencoder(classes, activation=activation)
+        self.register_buffer("variance", torch.ones(()))
 
     def forward(self, logits, truth, class_weights=None):
         classes = torch.arange(logits.shape[1], device=truth.device)[:, None, None]
@@ -99,13 +101,11 @@ class ConvAPP(nn.Module):
         embedding = self.autoencoder.encode(one_hot)                                   # (N, E, H/8, W/8)
         own = F.cross_entropy(self.autoencoder.decode(embedding, truth.shape[-2:]).float(), truth)
         target = embedding.detach().float()
-        variance = target.var((0, 2, 3), keepdim=True)                                 # (1, E, 1, 1)
+        self.variance.lerp_(target.var((0, 2, 3)).mean(), 0.1)
         self.autoencoder.requires_grad_(False)  # the gradient passes through E to the logits and stops there
         predicted = self.autoencoder.encode(logits.softmax(1)).float()                 # (N, E, H/8, W/8)
         self.autoencoder.requires_grad_(True)
-        # a batch with no nucleus at all has no variance: 1e-3 keeps its penalty finite
-        penalty = ((predicted - target) ** 2 / (variance + 1e-3)).mean()
-        return penalty, own
+        return ((predicted - target) ** 2).mean() / self.variance.clamp(min=1e-6), own
 
 
 class LinearAPP(nn.Module):

@@ -188,12 +188,14 @@ def _create_encoder(name, in_channels, depth, weights):
 
     try:
         encoder = create()
+        with torch.no_grad():  # what a map's stride is, only the map itself tells: some encoders crop their borders
+            strides = [64 / feature.shape[-1] for feature in encoder.eval()(torch.zeros(1, in_channels, 64, 64))]
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"encoder {name!r} gives no {depth} feature maps ({_one_line(error)})") from error
-    strides = encoder.feature_info.reduction()
     if strides != [2 ** (i + 1) for i in range(depth)]:
-        raise ModelError(f"encoder {name!r} gives maps at strides {strides}; {[2 ** (i + 1) for i in range(depth)]} "
-                         f"are needed: choose a resnet or efficientnet")
+        raise ModelError(f"encoder {name!r} gives maps at strides {', '.join(f'{s:.3g}' for s in strides)}; "
+                         f"it must give 2, 4, 8, ..., as resnets and efficientnets do")
+    encoder.train()
     used = "none"
     if weights in ("auto", "imagenet"):
         pretrained, reason = _pretrained(create, DOWNLOAD_SECONDS if weights == "auto" else None)
@@ -214,10 +216,10 @@ def _pretrained(create, seconds):
     """(encoder with ImageNet weights, "") or (None, why not). A download that takes longer goes on in the background,
     for the next run to find in the cache."""
     result = {}
-    if not _hub_reachable():
-        hub.HF_HUB_OFFLINE = True  # then the cache answers at once, without retries
 
     def fetch():
+        if not _hub_reachable():
+            hub.HF_HUB_OFFLINE = True  # then the cache answers at once, without retries
         try:
             result["encoder"] = create(pretrained=True)
         except Exception as error:  # the hub raises its own kinds for no network, no such file, no disk...
@@ -232,8 +234,9 @@ def _pretrained(create, seconds):
 def _hub_reachable():
     if urllib.request.getproxies():
         return True  # a proxy does the connecting: only the download itself can tell
+    url = urllib.parse.urlparse(hub.ENDPOINT)
     try:
-        socket.create_connection((urllib.parse.urlparse(hub.ENDPOINT).hostname, 443), timeout=3).close()
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=3).close()
     except OSError:
         return False
     return True

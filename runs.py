@@ -17,7 +17,7 @@ import dedl
 import models
 
 RUNS = Path("runs")
-SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic"
+SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic-v1"  # the number rises when data.py makes other pictures
 # contours in colours that colour-blind people tell apart (Okabe & Ito)
 TRUTH, PREDICTED, BOTH = (86, 180, 233), (230, 159, 0), (255, 255, 255)
 
@@ -27,13 +27,8 @@ class RunError(ValueError):
 
 
 def command(main, argv=None):
-    """Runs a script's main; what the user can mend ends as one line on stderr and exit status 2, without traceback."""
-    try:
-        main(argv)
-    except (data.DataError, models.ModelError, RunError) as error:
-        data.fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    """Runs the main of train.py or test.py; what the user can mend ends as one line on stderr and exit status 2."""
+    data.command(main, argv, errors=(models.ModelError, RunError))
 
 
 # ------------------------------------------------------------------------------------------------- device and precision
@@ -98,43 +93,41 @@ def synthetic_folder():
     return SYNTHETIC
 
 
-def open_run(out, name, resume):
-    """The folder of a run to start, or with `resume` to go on with. Without --out it is runs/NAME, or runs/NAME-2, ...:
-    the first that is free, or with `resume` the last that is there.
+def new_run(out, name):
+    """The folder of a run to start: `out`, or runs/NAME, runs/NAME-2, ..., the first that is free. It is not made yet.
 
-    Raises RunError for a folder that has a run already (or, to resume, has none).
+    Raises RunError for one that has a run already.
     """
     if out is None:
-        out, following, number = RUNS / name, RUNS / f"{name}-2", 2
-        while (following if resume else out).exists():
-            out, number = following, number + 1
-            following = RUNS / f"{name}-{number}"
-    out = Path(out)
+        out, number = RUNS / name, 2
+        while out.exists():
+            out, number = RUNS / f"{name}-{number}", number + 1
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out}: is a file; give a folder")
-    has_run = (out / "last.pt").is_file() or (out / "config.json").is_file()
-    if has_run and not resume:
+    if (out / "config.json").is_file():
         raise RunError(f"--out {out}: holds a run already; give another folder, or --resume to go on with it")
-    if resume and not (out / "last.pt").is_file():
-        raise RunError(f"--resume: {out} has no last.pt to go on from")
     return out
 
 
-def write_config(config, out):
-    """Makes the run's folder and writes its config.json. Raises RunError."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save_json(config, out / "config.json")
-    except OSError as error:
-        raise RunError(f"--out {out}: cannot be written ({error.strerror})") from error
-
-
-def newest_run():
-    """The run that was last written to below runs/."""
-    found = sorted(RUNS.glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+def newest_run(file):
+    """The run below runs/ whose `file` was last written."""
+    found = sorted(RUNS.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise RunError(f"there is no run in {RUNS}/ yet; train one (python train.py) or name a run's folder")
+        raise RunError(f"there is no run with a {file} in {RUNS}/; train one (python train.py) or name a run's folder")
     return found[-1].parent
+
+
+def read_config(run):
+    """A run's config.json as dict. Raises RunError."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise RunError(f"{run}: has no config.json; is it the folder of a run?") from error
+    except ValueError as error:
+        raise RunError(f"{run / 'config.json'}: is not JSON") from error
+    if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in ("data", "channel")):
+        raise RunError(f"{run / 'config.json'}: is not what train.py writes")
+    return config
 
 
 def save_json(values, file):
@@ -148,29 +141,29 @@ def save_checkpoint(values, file):
     os.replace(temporary, file)
 
 
-def load_checkpoint(file):
-    """What save_checkpoint wrote: tensors and plain values only, code in the file is never run. Raises RunError."""
+def load_checkpoint(file, *keys):
+    """What save_checkpoint wrote, a dict that has these keys. Code in the file is never run. Raises RunError."""
     if not file.is_file():
         raise RunError(f"{file}: no such file; is {file.parent} the folder of a run?")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        values = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling and zip errors have no common kind
         detail = " ".join(str(error).split())[:100]
         raise RunError(f"{file}: is not a checkpoint, a file of tensors and plain values ({detail})") from error
+    if not isinstance(values, dict) or not all(key in values for key in keys):
+        raise RunError(f"{file}: is another file's checkpoint; it must hold {', '.join(keys)}")
+    return values
 
 
 def load_run(run):
     """config (dict) and the trained network, on the CPU, in eval mode. Raises RunError."""
-    run = Path(run)
-    checkpoint = load_checkpoint(run / "best.pt")
+    checkpoint = load_checkpoint(run / "best.pt", "setting", "model")
+    config = read_config(run)
+    model = models.build_segmenter(**checkpoint["setting"])
     try:
-        config = json.loads((run / "config.json").read_text())
-        model = models.build_segmenter(**checkpoint["setting"])
         model.load_state_dict(checkpoint["model"])
-    except OSError as error:
-        raise RunError(f"{run}: has no config.json; is it the folder of a run?") from error
-    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-        raise RunError(f"{run}: config.json and best.pt are not those of a run ({type(error).__name__})") from error
+    except RuntimeError as error:
+        raise RunError(f"{run / 'best.pt'}: its tensors do not fit its setting") from error
     return config, model.eval()
 
 

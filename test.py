@@ -21,7 +21,7 @@ import runs
 
 def main(argv=None):
     args = parse_args(argv)
-    folders = args.runs or [runs.newest_run()]
+    folders = args.runs or [runs.newest_run("best.pt")]
     if args.save_masks and len(folders) > 1:
         raise runs.RunError("--save-masks: takes one run, else their masks would overwrite each other")
     compute = runs.choose_compute(args.device, args.amp)
@@ -40,13 +40,10 @@ def parse_args(argv):
     add("--data", type=Path, help="data folder [the run's own]")
     add("--split", choices=data.SPLITS, default="test", help="[test]")
     add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255")
-    add("--batch-size", type=int, default=8, help="tiles predicted at once; it changes memory, not results [8]")
+    add("--batch-size", type=data.number(int, 1), default=8, help="tiles predicted at once; fewer save memory [8]")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision [auto]")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f"argument --batch-size: {args.batch_size} is too small; 1 is the least")
-    return args
+    return parser.parse_args(argv)
 
 
 def test_segmentation(run, compute, args):
@@ -58,7 +55,8 @@ def test_segmentation(run, compute, args):
     records, _ = data.find_records(folder, config["seed"])
     records = [record for record in records if record.split == args.split]
     if not records:
-        raise runs.RunError(f"{folder}: has no rows of split {args.split}; choose another --split")
+        raise runs.RunError(f"{folder}: has no images of split {args.split}; choose another --split")
+    files = mask_files(records, args.save_masks) if args.save_masks else []
     fields = data.read_fields(records, data.channel_names(config["channel"]), f"{args.split} images")
     channels = config["setting"]["in_channels"]
     if len(fields[0].image) != channels:
@@ -70,24 +68,24 @@ def test_segmentation(run, compute, args):
     scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss, "split": args.split, "data": str(folder)}
 
     # 3. numbers, picture, masks
-    runs.save_json(scores, Path(run) / f"{args.split}.json")
-    runs.save_sheet(fields, masks, [dedl.image_iou(c) for c in counts], Path(run) / f"{args.split}.png")
-    if args.save_masks:
-        save_masks(fields, masks, args.save_masks)
+    runs.save_json(scores, run / f"{args.split}.json")
+    runs.save_sheet(fields, masks, [dedl.image_iou(c) for c in counts], run / f"{args.split}.png")
+    for file, mask in zip(files, masks):
+        Image.fromarray(mask.numpy().astype("uint8") * 255).save(file)
     return scores
 
 
-def save_masks(fields, masks, folder):
-    stems = [field.record.image.stem for field in fields]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
-    if twice:
-        raise runs.RunError(f"--save-masks: two images are named {twice}; their masks would overwrite each other")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stem, mask in zip(stems, masks):
-            Image.fromarray(mask.numpy().astype("uint8") * 255).save(folder / f"{stem}.png")
-    except OSError as error:
-        raise runs.RunError(f"--save-masks {folder}: cannot be written ({error.strerror})") from error
+def mask_files(records, folder):
+    """Where the predicted masks go: folder/<image stem>.png. Raises RunError if one would overwrite another file."""
+    files = [folder / f"{record.image.stem}.png" for record in records]
+    inputs = {path.resolve() for record in records for path in (record.image, record.mask)}
+    for i, file in enumerate(files):
+        if file in files[:i]:
+            raise runs.RunError(f"--save-masks: two images are named {file.stem}; their masks would be one file")
+        if file.resolve() in inputs:
+            raise runs.RunError(f"--save-masks {folder}: would overwrite {file.name} of the data; give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return files
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     python train.py --task seg --data DIR --recipe short --tile 256 --epochs 8
     python train.py --task seg --data DIR --resume      go on after an interruption
 """
+import argparse
 import csv
 import math
 import os
@@ -25,13 +26,14 @@ import models
 import runs
 
 # What a flag that is not given falls back to. paper: the published recipe. short: one cycle to a large learning rate,
-# for short runs from random weights; the default on the synthetic set, whose fields are small.
+# for short runs from random weights. Without --data and --recipe: short, with what the small synthetic fields need.
 RECIPES = {
     "paper": dict(lr=3.6e-4, weight_decay=1e-5, batch_size=16, epochs=50, patience=5, class_weights="auto", tile=480),
     "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=8, epochs=6, patience=0, class_weights="1,1", tile=256),
 }
-SYNTHETIC = dict(tile=128, epochs=4)  # these small fields need no more
+SYNTHETIC = {**RECIPES["short"], "epochs": 3, "tile": 128}
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_iou", "lr", "seconds", "app_penalty")
+MAY_CHANGE = ("out", "resume", "epochs", "patience", "workers", "device", "amp", "compile")  # when a run is resumed
 
 
 def main(argv=None):
@@ -39,66 +41,83 @@ def main(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
-def parse_args(argv=None):
+def make_parser():
+    def default(flag):
+        return f"[paper {RECIPES['paper'][flag]}, short {RECIPES['short'][flag]}, synthetic {SYNTHETIC[flag]}]"
+
     parser = data.Parser(description=__doc__)
-    add = parser.add_argument
+    add, number = parser.add_argument, data.number
     add("--task", choices=["seg"], default="seg", help="seg: segment nuclei [seg]")
     add("--data", type=Path, help="data folder (see README) [the built-in synthetic set, made on first use]")
-    add("--out", type=Path, help="the run's folder [runs/<name that tells the setting>]")
-    add("--recipe", choices=list(RECIPES), help="defaults of --lr --weight-decay --batch-size --epochs --patience "
-        "--class-weights --tile and the schedule [paper; short without --data]")
-    add("--epochs", type=positive(int), help="[paper 50, short 6; 4 on the synthetic set]")
-    add("--batch-size", type=positive(int), help="tiles a step [paper 16, short 8]")
-    add("--lr", type=positive(float), help="largest learning rate [paper 3.6e-4, short 2e-3]")
-    add("--weight-decay", type=positive(float, zero=True), help="[paper 1e-5; short 1e-2, decoupled]")
-    add("--patience", type=positive(int, zero=True),
-        help="stop after so many epochs without a better validation IoU; 0: never [paper 5, short 0]")
-    add("--seed", type=positive(int, zero=True), default=77, help="[77]")
-    add("--workers", type=positive(int, zero=True), help="loader processes [0 on a CPU, else 4 or the cores there are]")
+    add("--out", type=Path, help="the run's folder [runs/<name that tells the setting>; to resume: the newest]")
+    add("--recipe", choices=list(RECIPES), help="the optimizer, its schedule, and defaults of the next seven flags "
+        "[paper; without --data short, made shorter]")
+    add("--epochs", type=number(int, 1), help=default("epochs"))
+    add("--batch-size", type=number(int, 1), help=f"tiles a step {default('batch_size')}")
+    add("--lr", type=number(float, 1e-12), help=f"largest learning rate {default('lr')}")
+    add("--weight-decay", type=number(float, 0), help=f"of short: decoupled {default('weight_decay')}")
+    add("--patience", type=number(int, 0), help="stop after so many epochs without a better validation IoU; 0: never "
+        + default("patience"))
+    add("--class-weights", metavar="auto|published|W0,W1", help="of background and nucleus in the cross-entropy; auto: "
+        f"by their shares in training; published: 0.1479,0.8521 {default('class_weights')}")
+    add("--tile", type=number(int, 16), help=f"side of a tile in pixels {default('tile')}")
+    add("--seed", type=data.SEED, default=77, help="[77]")
+    add("--workers", type=number(int, 0), help="loader processes [0 on a CPU, else up to 4]")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision [auto]")
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--weights", default="auto", metavar="auto|imagenet|none|FILE",
         help="the encoder's first weights; auto: ImageNet's if they can be had, else random ones [auto]")
-    add("--limit-train", type=positive(int), metavar="N", help="use N training images, drawn by --seed")
-    add("--resume", action="store_true", help="go on from the run's last.pt")
+    add("--limit-train", type=number(int, 1), metavar="N", help="use N training images, drawn by --seed")
+    add("--resume", action="store_true", help="go on from the run's last.pt, with the settings it was started with")
     add("--arch", choices=list(models.DECODERS), default="unet", help="[unet]")
     add("--encoder", default="resnet18", metavar="TIMM_NAME", help="[resnet18]")
     add("--depth", type=int, choices=[2, 3, 4, 5], default=3, help="encoder stages; deeper sees farther around [3]")
     add("--app", choices=["conv", "linear", "none"], default="conv", help="autoencoder post-processing loss [conv]")
     add("--app-activation", choices=list(dedl.ACTIVATIONS), default="gelu", help="[gelu]")
-    add("--app-weight", type=positive(float, zero=True), default=1.0, help="factor of APP's penalty [1]")
-    add("--tile", type=positive(int), help="side of a tile in pixels [paper 480, short 256; 128 on the synthetic set]")
+    add("--app-weight", type=number(float, 0), default=1.0, help="factor of APP's penalty [1]")
     add("--channel", default="DAPI", help="page of a multi-page TIFF by name, or several: DAPI,CD4 [DAPI]")
-    add("--class-weights", metavar="auto|published|W0,W1", help="of the cross-entropy's background and nucleus pixels; "
-        "auto: by their share in training; published: 0.1479,0.8521 [paper auto, short 1,1]")
+    return parser
+
+
+def parse_args(argv=None):
+    """The settings of a run; with --resume those it was started with. Ends the program where they make no sense."""
+    parser = make_parser()
     args = parser.parse_args(argv)
-    if args.recipe is None:
-        args.recipe = "paper" if args.data else "short"
-    for name, value in RECIPES[args.recipe].items():
+    saved = None
+    if args.resume:
+        args.out = args.out or runs.newest_run("last.pt")
+        saved = runs.read_config(args.out)
+        parser.set_defaults(**{name: saved[name] for name in vars(args) if name in saved and name not in
+                               ("out", "resume", "workers", "device", "amp", "compile")})
+        args = parser.parse_args(argv, argparse.Namespace(out=args.out))
+    defaults = RECIPES[args.recipe] if args.recipe else RECIPES["paper"] if args.data else SYNTHETIC
+    args.recipe = args.recipe or ("paper" if args.data else "short")
+    for name, value in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, value if args.data else SYNTHETIC.get(name, value))
-    if args.tile < 16:
-        parser.error(f"argument --tile: {args.tile} is too small; 16 is the least")
-    if args.class_weights not in ("auto", "published"):
-        try:
-            background, nucleus = map(positive(float), args.class_weights.split(","))
-        except ValueError:
-            parser.error(f"argument --class-weights: {args.class_weights!r} must be auto, published or two positive "
-                         f"numbers W0,W1")
-        args.class_weights = [background, nucleus]
+            setattr(args, name, value)
+    if args.data:
+        args.data = args.data.resolve()
+    for name, value in vars(args).items():
+        was = saved.get(name) if saved else None
+        if saved and name not in MAY_CHANGE and was != (str(value) if isinstance(value, Path) else value):
+            parser.error(f"argument --{name.replace('_', '-')}: {args.out} was started with {was}, not {value}")
+    if args.tile < 2 ** (args.depth + 1):
+        parser.error(f"argument --tile: {args.tile} is too small for depth {args.depth}; take {2 ** (args.depth + 1)}")
+    parse_class_weights(args.class_weights)
     return args
 
 
-def positive(kind, zero=False):
-    """A type for argparse: a finite number over 0, or from 0 up."""
-    def number(text):
-        value = kind(text)
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            raise ValueError
-        return value
-    number.__name__ = f"{'non-negative' if zero else 'positive'} {kind.__name__}"  # argparse shows it
-    return number
+def parse_class_weights(text):
+    """"W0,W1" -> [W0, W1]; None for auto and published. Raises RunError."""
+    if text in ("auto", "published"):
+        return None
+    try:
+        background, nucleus = map(data.number(float, 1e-12), text.split(","))
+        return [background, nucleus]
+    except ValueError as error:
+        raise runs.RunError(f"argument --class-weights: {text!r} must be auto, published or two positive numbers "
+                            f"W0,W1") from error
 
 
 # --------------------------------------------------------------------------------------------------------- segmentation
@@ -108,8 +127,8 @@ def train_segmentation(args):
     if args.workers is None:  # on a CPU, loader processes would take the cores from the network
         args.workers = 0 if compute.device.type == "cpu" else min(4, os.cpu_count())
     folder = args.data or runs.synthetic_folder()
-    name = f"seg-{folder.resolve().name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}"
-    out = runs.open_run(args.out, name, args.resume)
+    name = f"seg-{folder.name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}"
+    out = args.out if args.resume else runs.new_run(args.out, name)
     records, said = data.find_records(folder, args.seed)
     print(*said, sep="\n")
     train_fields, val_fields = load_splits(records, args)
@@ -119,9 +138,10 @@ def train_segmentation(args):
     # 2. network, APP, optimizer
     torch.manual_seed(args.seed)
     setting = dict(arch=args.arch, encoder=args.encoder, in_channels=len(train_fields[0].image), classes=2,
-                   depth=args.depth, decoder_channels=models.default_decoder_channels(args.depth))
-    model = models.build_segmenter(**setting, weights=args.weights)
-    weights_used = model.weights_used
+                   depth=args.depth, decoder_channels=list(models.default_decoder_channels(args.depth)))
+    started = args.resume and (out / "last.pt").is_file()  # not if it was interrupted in its first epoch
+    model = models.build_segmenter(**setting, weights="none" if started else args.weights)
+    weights_used = runs.read_config(out)["weights_used"] if started else model.weights_used
     model = model.to(compute.device, memory_format=torch.channels_last)
     app = dedl.build_app(args.app, args.tile, activation=args.app_activation)
     app = app.to(compute.device) if app else None
@@ -132,21 +152,23 @@ def train_segmentation(args):
 
     # 3. where the run stands
     state = {"epoch": 0, "best_iou": -1.0, "stale": 0}
-    if args.resume:
+    if started:
         state = resume(out, setting, model, app, optimizer, scaler)
-    config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "data": str(folder.resolve()),
-              "setting": setting, "class_weights": class_weights, "weights_used": weights_used,
-              "channels": train_fields[0].channels, "device": str(compute.device), "amp": str(compute.amp_dtype),
+    config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "data": str(folder),
+              "setting": setting, "class_weights_used": class_weights, "weights_used": weights_used,
+              "channels": train_fields[0].channels, "device": str(compute.device),
+              "amp": str(compute.amp_dtype or torch.float32).removeprefix("torch."),
               "images": {split: sum(r.split == split for r in records) for split in data.SPLITS},
               "train_images_used": len(train_fields), "parameters": sum(p.numel() for p in model.parameters()),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
                            "numpy": np.__version__}, "threads": torch.get_num_threads(), "machine": platform.machine()}
-    runs.write_config(config, out)
+    out.mkdir(parents=True, exist_ok=True)
+    runs.save_json(config, out / "config.json")
     if args.compile:
         model.compile()
     print(f"{out}: {args.arch}/{args.encoder}, {config['parameters'] / 1e6:.2f} M parameters, APP {args.app}, "
           f"{len(train_fields)} training and {len(val_fields)} validation images, {len(crops)} tiles of {args.tile} an "
-          f"epoch, {compute.device}, {compute.amp_dtype or 'float32'}", flush=True)
+          f"epoch, {compute.device}, {config['amp']}", flush=True)
 
     # 4. the loop
     weight = torch.tensor(class_weights, device=compute.device)
@@ -220,39 +242,43 @@ def learning_rate(args, epoch):
 
 
 def load_splits(records, args):
-    channels = data.channel_names(args.channel)
-    train = [record for record in records if record.split == "train"]
+    """Training and validation fields, read. Raises RunError where there are none."""
+    train, validation = ([record for record in records if record.split == split] for split in ("train", "validation"))
     if args.limit_train:
         order = np.random.default_rng(args.seed).permutation(len(train))[:args.limit_train]
         train = [train[i] for i in sorted(order)]
-    validation = [record for record in records if record.split == "validation"]
-    fields = data.read_fields(train + validation, channels, "training and validation images")
+    for split, found in (("train", train), ("validation", validation)):
+        if not found:
+            raise runs.RunError(f"--data: {args.data} has no images of split {split}; training needs some")
+    fields = data.read_fields(train + validation, data.channel_names(args.channel), "training and validation images")
     return fields[:len(train)], fields[len(train):]
 
 
 def choose_class_weights(wish, fields):
+    """[background, nucleus] for the value of --class-weights. Raises RunError where auto has but one class to weigh."""
     if wish == "published":
         return list(dedl.PUBLISHED_CLASS_WEIGHTS)
     if wish != "auto":
-        return wish
+        return parse_class_weights(wish)
     share = sum(int(f.mask.sum()) for f in fields) / sum(f.mask.numel() for f in fields)
-    return list(dedl.balanced_class_weights(share))
+    try:
+        return list(dedl.balanced_class_weights(share))
+    except ValueError as error:
+        raise runs.RunError(f"--class-weights auto: {error}; check the masks, or give W0,W1") from error
 
 
 def resume(out, setting, model, app, optimizer, scaler):
-    last = runs.load_checkpoint(out / "last.pt")
-    if last["setting"] != setting:
-        differing = next(name for name in setting if setting[name] != last["setting"].get(name))
-        raise runs.RunError(f"--resume: {out} was trained with {differing} {last['setting'].get(differing)}, "
-                            f"not {setting[differing]}")
-    model.load_state_dict(last["model"])
+    """Puts everything where last.pt left it; returns the state of the loop."""
+    last = runs.load_checkpoint(out / "last.pt", "setting", "model", "app", "optimizer", "scaler", "state", "rng")
     try:
+        model.load_state_dict(last["model"])
         if app:
             app.load_state_dict(last["app"])
         optimizer.load_state_dict(last["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise runs.RunError(f"--resume: {out} was trained with other --app, --app-activation or --tile") from error
-    scaler.load_state_dict(last["scaler"])
+        raise runs.RunError(f"{out / 'last.pt'}: does not fit the settings in config.json beside it") from error
+    if last["scaler"] and scaler.is_enabled():  # only fp16 has a scale, and the precision may change
+        scaler.load_state_dict(last["scaler"])
     torch.set_rng_state(last["rng"])
     print(f"going on after epoch {last['state']['epoch']}")
     return last["state"]

@@ -1,0 +1,80 @@
+"""What the tests share: a tiny data folder, a way to run the scripts in this process, where the real data lie."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED = ROOT.parent / "shared" / "data"
+torch.set_num_threads(2)
+
+
+def needs(*parts):
+    """A mark: the test is skipped, visibly, where this part of the real data is not there."""
+    path = SHARED.joinpath(*parts)
+    return pytest.mark.skipif(not path.exists(), reason=f"no real data at {Path('../shared/data').joinpath(*parts)}")
+
+
+def blobs(rng, height, width):
+    """A grey picture uint8 (H, W) of bright discs on noise, and its mask of labels uint16 (H, W)."""
+    y, x = np.mgrid[:height, :width]
+    labels = np.zeros((height, width), np.uint16)
+    for number in range(1, 5):
+        radius = rng.integers(5, 10)
+        labels[np.hypot(y - rng.integers(height), x - rng.integers(width)) < radius] = number
+    return ((labels > 0) * 150 + rng.integers(0, 60, (height, width))).astype(np.uint8), labels
+
+
+def write_folder(folder, splits=("train",) * 4 + ("validation",) * 2 + ("test",) * 3, seed=0):
+    """A data folder of small PNG fields, no two of one size."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(exist_ok=True)
+    rows = ["image,mask,split"]
+    for i, split in enumerate(splits):
+        image, labels = blobs(rng, 40 + 5 * i, 67 - 3 * i)
+        Image.fromarray(image).save(folder / f"field{i}.png")
+        Image.fromarray(labels).save(folder / f"labels{i}.png")
+        rows.append(f"field{i}.png,labels{i}.png,{split}")
+    (folder / "segmentation.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_folder(tmp_path / "tiny")
+
+
+@pytest.fixture
+def script(capfd, tmp_path, monkeypatch):
+    """script(module, *arguments) -> (exit status, stdout, stderr); runs/ and the synthetic set lie below tmp_path."""
+    import runs
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(runs, "SYNTHETIC", tmp_path / "synthetic")
+
+    def call(module, *arguments):
+        capfd.readouterr()
+        try:
+            runs.command(module.main, [str(argument) for argument in arguments])
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return (status, *capfd.readouterr())
+    return call
+
+
+TRAIN = ("--task", "seg", "--recipe", "short", "--tile", "32", "--epochs", "1", "--depth", "2", "--weights", "none",
+         "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(run, data folder) of a finished tiny run, made once; not to be changed by tests."""
+    import train
+    folder = write_folder(tmp_path_factory.mktemp("finished") / "tiny")
+    run = folder.parent / "run"
+    train.main(["--data", str(folder), "--out", str(run), *TRAIN])
+    return run, folder

@@ -1,0 +1,353 @@
+import hashlib
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import SHARED, needs, write_folder
+from PIL import Image
+
+import data
+
+REAL = SHARED / "inform" / "FIHC4__0929309_HP_IM3_2_component_data.tif"
+
+
+def inform_file(path, names=("CD4", "DAPI"), size=(24, 32), compression="zlib"):
+    """A small inForm-style file; page k holds the value k + 1 in its left half."""
+    stains = {name: np.zeros(size, np.float32) for name in names}
+    for k, stain in enumerate(stains.values(), 1):
+        stain[:, :size[1] // 2] = k
+    with tifffile.TiffWriter(path) as tiff:
+        for name, stain in stains.items():
+            tiff.write(stain, photometric="minisblack", metadata=None, compression=compression,
+                       description=f"<?xml version='1.0' encoding='utf-16'?><Q><ImageType>FullResolution</ImageType>"
+                                   f"<Name>{name}</Name><Inner><Name>not this</Name></Inner></Q>")
+        tiff.write(np.zeros((size[0] // 4, size[1] // 4, 3), np.uint8), photometric="rgb", metadata=None,
+                   description="<Q><ImageType>Thumbnail</ImageType></Q>")
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+def test_pages_are_found_by_name_wherever_they_are(tmp_path):
+    for names in (("CD4", "DAPI"), ("DAPI", "CD4")):
+        image, found = data.read_image(inform_file(tmp_path / "a.tif", names))
+        assert found == ("DAPI",) and image.shape == (1, 24, 32) and image.max() == names.index("DAPI") + 1
+    image, found = data.read_image(tmp_path / "a.tif", ("CD4", "DAPI"))
+    assert found == ("CD4", "DAPI") and image.max((1, 2)).tolist() == [2, 1]
+    with pytest.raises(data.DataError, match="no page named 'CD8'.*it has DAPI, CD4"):
+        data.read_image(tmp_path / "a.tif", ("CD8",))
+
+
+def test_pages_without_names_are_taken_by_number(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.arange(3 * 64, dtype=np.uint16).reshape(3, 8, 8), photometric="minisblack")
+    with pytest.raises(data.DataError, match="0 to 2"):
+        data.read_image(tmp_path / "a.tif")
+    assert data.read_image(tmp_path / "a.tif", ("2",))[0].min() == 128
+
+
+@needs("inform")
+def test_the_real_component_file_without_imagecodecs(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(tifffile.tifffile, "imagecodecs", tifffile._imagecodecs)  # what stands in where it is missing
+    image, names = data.read_image(REAL)
+    assert names == ("DAPI",) and image.shape == (1, 260, 348) and image.dtype == np.float32
+    with Image.open(REAL) as picture:
+        picture.seek(3)
+        assert (image[0] == np.asarray(picture)).all()
+    mask = data.read_mask(str(REAL).replace("component_data", "binary_seg_maps"))
+    assert mask.shape == (260, 348) and image[0][mask].mean() > 2 * image[0][~mask].mean()  # nuclei are bright in DAPI
+    with pytest.raises(data.DataError, match="it has Alexa 594, .*DAPI"):
+        data.read_image(REAL, ("Alexa",))
+    for share in (0.2, 0.5, 0.9):  # cut off within its pages
+        (tmp_path / "short.tif").write_bytes(REAL.read_bytes()[:int(share * REAL.stat().st_size)])
+        with pytest.raises(data.DataError, match="short.tif"):
+            data.read_image(tmp_path / "short.tif")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("array, kind, shape", [
+    (np.full((9, 7), 5, np.uint8), "png", (1, 9, 7)), (np.full((9, 7), 40000, np.uint16), "png", (1, 9, 7)),
+    (np.full((9, 7, 3), 5, np.uint8), "png", (3, 9, 7)), (np.full((9, 7, 4), 5, np.uint8), "png", (3, 9, 7)),
+    (np.full((9, 7, 3), 5, np.uint8), "jpg", (3, 9, 7)), (np.full((9, 7), 5, np.float32), "tif", (1, 9, 7)),
+    (np.full((9, 7), 40000, np.uint16), "tiff", (1, 9, 7)), (np.full((9, 7, 3), 5, np.uint8), "tif", (3, 9, 7))])
+def test_depths_and_colours(tmp_path, array, kind, shape):
+    path = tmp_path / f"image.{kind}"
+    if kind.startswith("tif"):
+        tifffile.imwrite(path, array)
+    else:
+        Image.fromarray(array).save(path)
+    image, _ = data.read_image(path)
+    assert image.shape == shape and image.dtype == np.float32 and (image == array.max()).all()
+
+
+def test_masks_of_every_kind(tmp_path):
+    labels = np.zeros((24, 32), np.uint16)
+    labels[3:9, 4:20] = 300
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    Image.fromarray((labels > 0).astype(np.uint8) * 255).save(tmp_path / "binary.png")
+    Image.fromarray(np.dstack([(labels > 0) * np.uint8(255)] * 3 + [np.full_like(labels, 255, np.uint8)])).save(
+        tmp_path / "rgba.png")  # its opaque alpha is no nucleus
+    tifffile.imwrite(tmp_path / "S_[1,2]_component_data.tifMask.tif", labels)
+    with tifffile.TiffWriter(tmp_path / "S_binary_seg_maps.tif") as tiff:
+        for compartment, page in (("Cytoplasm", 1 - (labels > 0)), ("Nucleus", labels)):
+            tiff.write(page.astype(np.uint16), metadata=None,
+                       description=f"<S><CompartmentType>{compartment}</CompartmentType></S>")
+    for path in tmp_path.iterdir():
+        assert (data.read_mask(path) == (labels > 0)).all(), path.name
+    Image.fromarray(labels.astype(np.uint8)).save(tmp_path / "mask.jpg")
+    with pytest.raises(data.DataError, match="PNG or TIFF"):
+        data.read_mask(tmp_path / "mask.jpg")
+
+
+@pytest.mark.parametrize("name", ["image.png", "image.jpg", "image.tif", "zip.tif", "lzw.tif"])
+def test_broken_files_are_named(tmp_path, name, capfd):
+    path = tmp_path / name
+    array = np.random.default_rng(0).integers(0, 255, (200, 200), np.uint8)
+    if name == "zip.tif":
+        tifffile.imwrite(path, array, compression="zlib")
+    elif name == "lzw.tif":
+        Image.fromarray(array).save(path, compression="tiff_lzw")
+    elif name == "image.tif":
+        tifffile.imwrite(path, array)
+    else:
+        Image.fromarray(array).save(path)
+    whole = path.read_bytes()
+    for content in (whole[:len(whole) // 2], b"", b"not an image at all"):
+        path.write_bytes(content)
+        with pytest.raises(data.DataError, match=name):
+            data.read_image(path)
+    with pytest.raises(data.DataError, match="no such file"):
+        data.read_image(tmp_path / "missing.png")
+    with pytest.raises(data.DataError, match="is a folder"):
+        data.read_image(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tiff_variants(tmp_path):
+    grey = np.arange(63, dtype=np.uint8).reshape(9, 7)
+    tifffile.imwrite(tmp_path / "inverted.tif", grey, photometric="miniswhite")
+    assert (data.read_image(tmp_path / "inverted.tif")[0] == 255 - grey).all()
+    planes = np.stack([grey, grey + 1, grey + 2, grey + 3])
+    tifffile.imwrite(tmp_path / "rgba.tif", planes, photometric="rgb", planarconfig="separate",
+                     extrasamples=["unassalpha"])
+    assert (data.read_image(tmp_path / "rgba.tif")[0] == planes[:3]).all()
+    tifffile.imwrite(tmp_path / "volume.tif", np.zeros((16, 32, 32), np.uint8), volumetric=True, tile=(16, 16, 16),
+                     photometric="minisblack")
+    with pytest.raises(data.DataError, match="must be a plane"):
+        data.read_image(tmp_path / "volume.tif")
+    tifffile.imwrite(tmp_path / "two.tif", planes[:2], photometric="minisblack")
+    with pytest.raises(data.DataError, match="holds 2 pages; a mask must be one"):
+        data.read_mask(tmp_path / "two.tif")
+    tifffile.imwrite(tmp_path / "CD4.tif", grey, metadata=None, description="<Q><Name>CD4</Name></Q>")
+    with pytest.raises(data.DataError, match="no page named 'DAPI'"):
+        data.read_image(tmp_path / "CD4.tif")
+
+
+def test_pixels_that_are_no_numbers_are_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "nan.tif", np.array([[1, np.nan], [2, 3]], np.float32))
+    with pytest.raises(data.DataError, match="NaN"):
+        data.read_image(tmp_path / "nan.tif")
+
+
+def test_normalise():
+    image = np.stack([np.linspace(0, 1000, 10000), np.zeros(10000), np.zeros(10000)]).reshape(3, 100, 100)
+    image[2, 0, :5] = 7  # so few bright pixels that both percentiles are 0
+    out = data.normalise(image.astype(np.float32))
+    assert out.min() == 0 and out.max() == 1
+    inner = (image[0] > 10) & (image[0] < 998)
+    np.testing.assert_allclose(out[0][inner], ((image[0] - 10) / 988)[inner], atol=1e-3)
+    assert (out[1] == 0).all() and (out[2] == (image[2] > 0)).all()
+    np.testing.assert_allclose(data.normalise(image.astype(np.float32) * 60 + 5), out, atol=1e-4)  # any unit
+
+
+# ------------------------------------------------------------------------------------------------------------ manifests
+def inform_folder(folder, slides, fields=2):
+    folder.mkdir()
+    for slide in slides:
+        for i in range(fields):
+            path = inform_file(folder / f"{slide}_[{i},7]_component_data.tif")
+            tifffile.imwrite(f"{path}Mask.tif", np.ones((24, 32), np.uint8))
+    return folder
+
+
+def splits(records):
+    return {split: sorted({r.patient for r in records if r.split == split}) for split in data.SPLITS}
+
+
+def test_the_published_patients_are_split_as_published(tmp_path):
+    slides = [slide for group in data.PUBLISHED_PATIENTS.values() for slide in group]
+    records, said = data.find_records(inform_folder(tmp_path / "in", slides))
+    assert splits(records) == {split: sorted(patients) for split, patients in data.PUBLISHED_PATIENTS.items()}
+    assert len(records) == 14 and "as in the paper" in " ".join(said)
+
+
+def test_other_patients_are_split_whole_by_seed(tmp_path):
+    folder = inform_folder(tmp_path / "in", [f"P{i}" for i in range(8)])
+    inform_file(folder / "P9_[1,1]_component_data.tif")
+    records, said = data.find_records(folder, seed=1)
+    found = splits(records)
+    assert sum(map(len, found.values())) == 8 and all(found.values())
+    assert "no test rows" in " ".join(said) and "no validation rows" in " ".join(said)
+    assert "1 component files have no mask" in " ".join(said)
+    assert splits(data.find_records(folder, seed=1)[0]) == found
+    assert any(splits(data.find_records(folder, seed=seed)[0]) != found for seed in range(2, 6))
+
+
+def test_validation_is_taken_from_train_where_none_is_named(tmp_path):
+    folder = write_folder(tmp_path / "in", ("train",) * 10 + ("test",) * 2)
+    records, said = data.find_records(folder)
+    assert [sum(r.split == s for r in records) for s in data.SPLITS] == [8, 2, 2]
+    assert "2 of 10 training images became it, by whole images" in said[-1]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "is empty"), ("image,mask,split\n", "is empty"), ("image,split\na.png,train\n", "needs one column 'mask'"),
+    ("image,mask,mask,split\na.png,b.png,c.png,train\n", "needs one column 'mask'"),
+    ("image,mask,split\nfield0.png,labels0.png,training\n", "line 2: split 'training' is none of"),
+    ("image,mask,split\nfield0.png,labels0.png,train\nnope.png,labels0.png,test\n", "line 3: image 'nope.png' is not"),
+    ("image,mask,split\nfield0.png,,train\n", "mask '' must be a path"),
+    ("image,mask,split\n\n../tiny/field0.png,labels0.png,train\n", "line 3: .*must be a path below")])
+def test_manifests_that_cannot_be_used(tiny, text, said):
+    (tiny / "segmentation.csv").write_text(text)
+    with pytest.raises(data.DataError, match=said):
+        data.find_records(tiny)
+
+
+def test_a_large_patient_does_not_become_validation(tiny):
+    rows = [f"field{i}.png,labels{i}.png,train,{'B' if i else 'A'}" for i in range(9)]
+    (tiny / "segmentation.csv").write_text("\n".join(["image,mask,split,patient", *rows]))
+    for seed in range(4):
+        assert splits(data.find_records(tiny, seed)[0]) == {"train": ["B"], "validation": ["A"], "test": []}
+
+
+def test_masks_of_files_of_one_name_are_those_beside_them(tmp_path):
+    for name in ("one", "two"):
+        inform_folder(tmp_path / name, ["P1"], fields=1)
+    records, _ = data.find_records(tmp_path)
+    assert len(records) == 2 and all(r.mask.parent == r.image.parent for r in records)
+
+
+def test_a_manifest_from_a_spreadsheet(tiny):
+    text = (tiny / "segmentation.csv").read_text()
+    (tiny / "segmentation.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert len(data.find_records(tiny)[0]) == 9
+
+
+def test_sizes_and_channels_must_fit(tiny):
+    records, _ = data.find_records(tiny)
+    records[1].mask = records[2].mask
+    with pytest.raises(data.DataError, match="labels2.png: the mask is 50x61 pixels, its image field1.png 45x64"):
+        data.read_fields(records)
+    Image.new("RGB", (67, 40)).save(tiny / "field0.png")
+    with pytest.raises(data.DataError, match="channels"):
+        data.read_fields(data.find_records(tiny)[0])
+
+
+# ----------------------------------------------------------------------------------------------- crops and augmentation
+def test_image_and_mask_go_through_the_same_draw():
+    rng = np.random.default_rng(0)
+    y, x = torch.meshgrid(torch.arange(90), torch.arange(70), indexing="ij")
+    mask = ((y // 9 + x // 7) % 3 == 0) & (x > 20)
+    turned = 0
+    for _ in range(60):
+        image, cut = data.random_crop(mask[None].float(), mask, 40, rng)
+        assert image.shape == (1, 40, 40) and cut.shape == (40, 40)
+        turned += bool(((image > 0) & (image < 1)).any())  # interpolated: a small rotation
+        assert ((image[0] > 0.5) == cut).float().mean() > 0.99  # equal but for ties at the borders
+    assert 20 < turned < 40
+
+
+def test_crops_come_from_everywhere_in_every_orientation():
+    field = torch.arange(50 * 60).reshape(1, 50, 60).float()
+    rng, seen, turns = np.random.default_rng(0), set(), set()
+    for _ in range(300):
+        image, _ = data.random_crop(field, field[0] > 0, 16, rng)
+        corners = image[0, 0, 0], image[0, 0, -1], image[0, -1, 0]
+        if all(v == v.round() for v in image.flatten()):  # not rotated: the values are the field's own
+            turns.add((int(corners[1] - corners[0]), int(corners[2] - corners[0])))
+            seen |= set(image.flatten().int().tolist())
+    assert len(turns) == 8 and len(seen) > 0.97 * field.numel()
+
+
+def test_a_field_smaller_than_the_tile_is_mirrored():
+    field = torch.arange(6.0).reshape(1, 1, 6).repeat(1, 6, 1)
+    image, mask = data.random_crop(field, field[0] > 2, 32, np.random.default_rng(3))
+    assert image.shape == (1, 32, 32) and ((image[0] > 2.5) == mask).float().mean() > 0.98
+    assert set(data._mirrored(4, 9, np.random.default_rng(0)).tolist()) == {0, 1, 2, 3}
+    steps = data._mirrored(4, 30, np.random.default_rng(0)).diff().abs()
+    assert (steps == 1).all()  # back and forth, never a jump
+
+
+def test_crops_do_not_depend_on_workers_and_change_with_the_epoch(tiny):
+    fields = data.read_fields(data.find_records(tiny)[0])
+    crops = data.Crops(fields, 32, seed=5)
+    assert len(crops) == sum(-(-f.mask.numel() // 1024) for f in fields)
+
+    def draw(epoch, workers):
+        crops.epoch = epoch
+        return torch.cat([image for image, _ in torch.utils.data.DataLoader(crops, 4, num_workers=workers)])
+    assert torch.equal(draw(1, 0), draw(1, 2))
+    assert not torch.equal(draw(1, 0), draw(2, 0))
+
+
+# -------------------------------------------------------------------------------------- synthetic set, import and check
+def test_the_synthetic_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FIELDS_PER_PATIENT", 1)
+    digests = []
+    for name in ("a", "b"):
+        data.write_synthetic(tmp_path / name)
+        files = sorted((tmp_path / name).iterdir())
+        digests.append([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
+    assert digests[0] == digests[1]
+    lines, problems = data.check(tmp_path / "a")
+    assert problems == [] and "train: 8 images of 8 patients" in lines
+    first = sorted((tmp_path / "a").glob("*_component_data.tif"))[0]
+    with tifffile.TiffFile(first) as tiff:
+        assert len(tiff.pages) == 9 and tiff.pages[-1].shape == (64, 80, 3)
+        assert [name for _, name in data._stain_pages(tiff)] == list(data.STAINS)
+        assert data._stain_pages(tiff)[0][1] != "DAPI"
+    image, mask = data.read_image(first)[0][0], data.read_mask(f"{first}Mask.tif")
+    assert 0.1 < mask.mean() < 0.5 and image[mask].mean() > 3 * image[~mask].mean()
+    with open(tmp_path / "a" / "classification.csv") as file:
+        rows = file.read().splitlines()[1:]
+    assert len(rows) == 12
+    with pytest.raises(data.DataError, match="is there already"):
+        data.write_synthetic(tmp_path / "a")
+
+
+def test_synthetic_labels_follow_from_the_markers():
+    for seed in range(12):
+        stains, labels, kinds = data.synthetic_field(np.random.default_rng(1), np.random.default_rng(seed))
+        for marker in set(data.STAINS) - {"DAPI", "Autofluorescence"}:
+            expected = any(marker in data.PHENOTYPES[kind] for kind in kinds)
+            bright = (stains[marker] > 15).mean() > 0.01  # rings of at least six cells
+            assert bright == expected, (seed, marker, kinds)
+
+
+@needs("dsb2018_raw_sample")
+def test_the_dsb2018_import_gives_the_shared_masks(tmp_path, script):
+    source = SHARED / "dsb2018_raw_sample" / "stage1_train"
+    assert script(data, "dsb2018", source, tmp_path / "out")[0] == 0
+    records, _ = data.find_records(tmp_path / "out")
+    assert len(records) == 10 and len({r.split for r in records}) == 3
+    for record in records:
+        field = data.read_field(record)
+        raw = sorted((source / record.image.stem / "masks").glob("*.png"))
+        assert field.mask.sum() == np.any([np.asarray(Image.open(p)) > 0 for p in raw], axis=0).sum()
+        assert len(np.unique(np.asarray(Image.open(record.mask)))) == len(raw) + 1
+    assert script(data, "dsb2018", source, tmp_path / "out")[0] == 2
+
+
+def test_check_names_each_problem(tiny, script):
+    status, out, _ = script(data, "check", tiny)
+    assert status == 0 and "train: 4 images" in out and "no problems found" in out
+    Image.new("L", (67, 40)).save(tiny / "labels0.png")                      # empty mask
+    Image.new("L", (10, 10)).save(tiny / "labels1.png")                      # other size
+    (tiny / "field2.png").write_bytes((tiny / "field2.png").read_bytes()[:200])
+    with open(tiny / "segmentation.csv", "a") as file:
+        file.write("field8.png,labels8.png,train\n")                         # a test image in training
+        file.write("nowhere.png,labels8.png,train\n")
+    status, out, err = script(data, "check", tiny)
+    assert status == 2 and err == f"error: {tiny}: 5 problems, listed above\n"
+    for said in ("line 12: image 'nowhere.png' is not there",
+                 "labels0.png: the mask is empty", "10x10", "field2.png: cannot be read", "in two splits"):
+        assert said in out

@@ -1,0 +1,137 @@
+import pickle
+
+import huggingface_hub.constants
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from torch import nn
+
+import models
+
+PAPER_ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101"] + [f"efficientnet_b{i}" for i in range(8)]
+
+
+def randomise_batchnorm(model):
+    """Statistics and factors that are not the neutral ones: a swapped or forgotten one shows in the logits."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+
+
+def reference(arch, encoder, depth=3, in_channels=1):
+    torch.manual_seed(0)
+    model = {"unet": smp.Unet, "unetpp": smp.UnetPlusPlus}[arch](
+        encoder, encoder_weights=None, encoder_depth=depth, decoder_channels=models.default_decoder_channels(depth),
+        decoder_attention_type="scse", in_channels=in_channels, classes=2)
+    randomise_batchnorm(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("arch", ["unet", "unetpp"])
+@pytest.mark.parametrize("encoder, depth", [
+    ("resnet18", 3), ("resnet50", 3), ("tu-efficientnet_b3", 3), ("resnet18", 4), ("resnet18", 5), ("resnet18", 2)])
+def test_logits_equal_the_reference(arch, encoder, depth):
+    theirs = reference(arch, encoder, depth)
+    ours = models.build_segmenter(arch, encoder.removeprefix("tu-"), depth=depth,
+                                  decoder_channels=models.default_decoder_channels(depth))
+    assert models.load_smp(ours, theirs.state_dict()) is ours
+    image = torch.randn(2, 1, 64, 96)
+    with torch.no_grad():
+        expected, logits = theirs(image), ours.eval()(image)
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_load_smp_refuses_other_networks():
+    weights = reference("unet", "resnet18").state_dict()
+    for other in (models.build_segmenter("unetpp"), models.build_segmenter(encoder="resnet34"),
+                  models.build_segmenter(in_channels=3)):
+        with pytest.raises(models.ModelError, match="another network"):
+            models.load_smp(other, weights)
+
+
+@pytest.mark.parametrize("arch", ["unet", "unetpp"])
+@pytest.mark.parametrize("size", [(16, 16), (17, 31), (33, 16), (50, 64)])
+def test_any_size_goes_in_and_comes_out(arch, size):
+    model = models.build_segmenter(arch, in_channels=3, classes=4).eval()
+    image = torch.randn(2, 3, *size)
+    padded = nn.functional.pad(image, (0, -size[1] % 8, 0, -size[0] % 8), mode="replicate")
+    with torch.no_grad():
+        logits = model(image)
+        torch.testing.assert_close(logits, model(padded)[..., :size[0], :size[1]])
+    assert logits.shape == (2, 4, *size)
+
+
+def test_only_the_stages_that_are_needed_are_kept():
+    count = sum(p.numel() for p in models.build_segmenter().parameters())
+    assert count < 3_000_000
+    for encoder in ("resnet18", "efficientnet_b0"):
+        model = models.build_segmenter(encoder=encoder)
+        model(torch.randn(2, 1, 32, 32)).sum().backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []  # none is there for nothing
+
+
+@pytest.mark.parametrize("encoder", PAPER_ENCODERS)
+def test_all_encoders_of_the_paper_train(encoder):
+    for arch in ("unet", "unetpp"):
+        model = models.build_segmenter(arch, encoder)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        before = model.encoder.state_dict()[next(iter(model.encoder.state_dict()))].clone()
+        loss = nn.functional.cross_entropy(model(torch.randn(2, 1, 32, 32)), torch.randint(0, 2, (2, 32, 32)))
+        loss.backward()
+        optimizer.step()
+        after = model.encoder.state_dict()[next(iter(model.encoder.state_dict()))]
+        assert loss.isfinite() and after.isfinite().all() and not torch.equal(before, after)
+
+
+def test_weights_from_a_file(tmp_path):
+    for encoder in ("resnet18", "efficientnet_b0"):
+        whole = timm.create_model(encoder)
+        torch.save(whole.state_dict(), tmp_path / "weights.pth")
+        model = models.build_segmenter(encoder=encoder, weights=tmp_path / "weights.pth")
+        theirs, ours = whole.state_dict(), model.encoder.state_dict()
+        stem = next(iter(ours))
+        torch.testing.assert_close(ours[stem], theirs[stem].sum(1, keepdim=True))  # three colours become one grey
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != stem)
+        assert model.weights_used == str(tmp_path / "weights.pth")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("the code in the file ran",))
+
+
+def test_files_that_are_not_weights_are_refused(tmp_path, capfd):
+    torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "other.pth")
+    torch.save({"something": torch.zeros(3)}, tmp_path / "unrelated.pth")
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "short.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:5000])
+    for name in ("missing.pth", "unrelated.pth", "code.pth", "short.pth"):
+        with pytest.raises(models.ModelError, match=name):
+            models.build_segmenter(weights=tmp_path / name)
+    with pytest.raises(models.ModelError, match="other.pth"):
+        models.build_segmenter(encoder="resnet50", weights=tmp_path / "other.pth")
+    assert "the code in the file ran" not in capfd.readouterr().out
+
+
+def test_without_network_auto_warns_and_imagenet_fails(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(models, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # set by the code; put back after the test
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = models.build_segmenter(weights="auto")
+    assert "WARNING" in capsys.readouterr().out and model.weights_used == "none"
+    with pytest.raises(models.ModelError, match="ImageNet weights"):
+        models.build_segmenter(weights="imagenet")
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"arch": "segnet"}, "unet, unetpp"), ({"encoder": "resnet81"}, "near it: resnet18"),
+    ({"encoder": "convnext_tiny"}, "strides"), ({"encoder": "inception_v3"}, "strides"),
+    ({"encoder": "vit_tiny_patch16_224"}, "vit_tiny"), ({"depth": 4}, "4 decoder channels")])
+def test_what_cannot_be_built_is_said(wrong, said):
+    with pytest.raises(models.ModelError, match=said):
+        models.build_segmenter(**wrong)

@@ -1,0 +1,323 @@
+"""The scripts as a user runs them: what they write, what they print, how they end."""
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED, TRAIN, needs
+from PIL import Image
+
+import data
+import dedl
+import runs
+import test
+import train
+
+
+def test_a_run_leaves_what_the_contract_names(finished):
+    run, folder = finished
+    config = json.loads((run / "config.json").read_text())
+    assert config["seed"] == 77 and config["weights_used"] == "none" and config["data"] == str(folder)
+    assert config["images"] == {"train": 4, "validation": 2, "test": 3} and config["versions"]["torch"]
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 1 and list(rows[0])[:6] == ["epoch", "train_loss", "val_loss", "val_iou", "lr", "seconds"]
+    for name in ("best.pt", "last.pt"):
+        torch.load(run / name, weights_only=True)
+    with Image.open(run / "samples.png") as picture:
+        assert picture.size[0] > 150
+
+
+def test_measured_iou_is_that_of_the_saved_masks(finished, script, tmp_path):
+    run, folder = finished
+    status, out, _ = script(test, run, "--save-masks", tmp_path / "masks", "--device", "cpu")
+    assert status == 0
+    scores = json.loads((run / "test.json").read_text())
+    counts = []
+    for record in data.find_records(folder)[0]:
+        if record.split == "test":
+            found = np.asarray(Image.open(tmp_path / "masks" / f"{record.image.stem}.png"))
+            truth = data.read_mask(record.mask)
+            assert found.shape == truth.shape and found.dtype == np.uint8 and set(np.unique(found)) <= {0, 255}
+            counts.append([(found.astype(bool) & truth).sum(), (found.astype(bool) & ~truth).sum(),
+                           (~found.astype(bool) & truth).sum(), (~found.astype(bool) & ~truth).sum()])
+    tp, fp, fn, _ = np.sum(counts, 0)
+    assert scores["iou"] == pytest.approx(tp / (tp + fp + fn), abs=1e-4)
+    assert scores["mean_image_iou"] == pytest.approx(np.mean([c[0] / sum(c[:3]) for c in counts]), abs=1e-4)
+    assert scores["images"] == len(counts) == len(list((tmp_path / "masks").iterdir())) == 3
+    for name in ("iou", "dice", "pixel_accuracy", "precision", "recall", "mean_image_iou"):
+        assert f"{scores[name]:.4f}" in out
+    assert (run / "test.png").is_file()
+    assert script(test, run, "--split", "validation")[0] == 0 and (run / "validation.json").is_file()
+
+
+def test_app_is_nowhere_in_the_saved_network(finished, tiny, tmp_path):
+    run, _ = finished
+    sizes, names = {(run / "best.pt").stat().st_size}, {tuple(torch.load(run / "best.pt")["model"])}
+    for app in ("none", "linear"):
+        train.main(["--data", str(tiny), "--out", str(tmp_path / app), *TRAIN, "--app", app])
+        sizes.add((tmp_path / app / "best.pt").stat().st_size)
+        names.add(tuple(torch.load(tmp_path / app / "best.pt")["model"]))
+    assert len(sizes) == len(names) == 1
+
+
+def test_best_is_the_epoch_with_the_best_validation_iou(tiny, tmp_path, monkeypatch):
+    ious = iter([0.5, 0.9, 0.1, 0.8, 0.7])
+
+    def evaluate(model, fields, *_):
+        iou = round(1000 * next(ious))
+        return torch.tensor([[iou, 1000 - iou, 0, 0]] * len(fields)), 1.0, [field.mask for field in fields]
+
+    monkeypatch.setattr(runs, "evaluate", evaluate)
+    train.main(["--data", str(tiny), "--out", str(tmp_path / "run"), *TRAIN, "--epochs", "9", "--patience", "2"])
+    best, last = (torch.load(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
+    assert best["epoch"] == 2 and best["val_iou"] == 0.9
+    assert last["state"] == {"epoch": 4, "best_iou": 0.9, "stale": 2}
+    assert not torch.equal(best["model"]["head.weight"], last["model"]["head.weight"])
+
+
+def test_weights_of_the_loss_reach_the_network(tiny, tmp_path):
+    heads = []
+    for i, flags in enumerate([(), ("--app-weight", "0"), ("--class-weights", "1,9")]):
+        train.main(["--data", str(tiny), "--out", str(tmp_path / str(i)), *TRAIN, *flags])
+        heads.append(torch.load(tmp_path / str(i) / "last.pt")["model"]["head.weight"])
+    assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_the_paper_recipe_and_its_schedule():
+    args = train.parse_args(["--data", "x"])
+    assert (args.recipe, args.lr, args.weight_decay, args.batch_size, args.epochs, args.patience, args.class_weights,
+            args.tile, args.depth, args.app) == ("paper", 3.6e-4, 1e-5, 16, 50, 5, "auto", 480, 3, "conv")
+    rates = [train.learning_rate(args, epoch) for epoch in (0, 0.9, 25, 50, 80)]
+    assert rates == pytest.approx([3.6e-4, 3.6e-4, 3.5e-4, 3.4e-4, 3.4e-4])
+    short = train.parse_args(["--recipe", "short", "--epochs", "10"])
+    rates = [train.learning_rate(short, epoch / 100) for epoch in range(1001)]
+    assert max(rates) == pytest.approx(2e-3, rel=0.01) and rates.index(max(rates)) == pytest.approx(200, abs=2)
+    assert rates[0] < 2e-4 and rates[-1] < 1e-6 and np.abs(np.diff(rates)).max() < 2e-4
+    assert train.parse_args([]).tile == 128 and train.parse_args(["--recipe", "short"]).tile == 256
+
+
+def read_metrics(run):
+    with open(run / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_a_resumed_run_equals_one_never_stopped(tiny, script, tmp_path):
+    arguments = ["--data", tiny, *TRAIN, "--recipe", "paper", "--epochs"]
+    assert script(train, "--out", tmp_path / "whole", *arguments, 3)[0] == 0
+    assert script(train, "--out", tmp_path / "parts", *arguments, 2)[0] == 0
+    status, out, _ = script(train, "--out", tmp_path / "parts", "--resume", "--epochs", 3)  # its settings are known
+    assert status == 0 and "going on after epoch 2" in out
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "parts")
+    a, b = (torch.load(tmp_path / name / "last.pt")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resume_in_other_states(tiny, script, tmp_path):
+    run = tmp_path / "run"
+    assert script(train, "--data", tiny, "--out", run, *TRAIN, "--amp", "off")[0] == 0
+    config = json.loads((run / "config.json").read_text())
+    for name in ("last.pt", "best.pt", "metrics.csv"):
+        (run / name).unlink()  # as after an interruption in the first epoch
+    assert script(train, "--out", run, "--resume")[0] == 0 and len(read_metrics(run)) == 1
+    assert json.loads((run / "config.json").read_text())["recipe"] == config["recipe"]
+    assert script(train, "--out", run, "--resume", "--epochs", 2, "--amp", "fp16")[0] == 0  # as on another machine
+    assert len(read_metrics(run)) == 2
+
+
+def test_runs_are_named_numbered_and_found(tiny, script):
+    for _ in range(2):
+        assert script(train, "--data", tiny, *TRAIN)[0] == 0
+    names = sorted(path.name for path in runs.RUNS.iterdir())
+    assert names == ["seg-tiny-unet-resnet18-app_conv-seed77", "seg-tiny-unet-resnet18-app_conv-seed77-2"]
+    assert f"{runs.RUNS / names[1]} on the test split" in script(test)[1]
+
+
+def test_training_learns(tiny, script, tmp_path):
+    """Enough steps at a small size to find bright discs: a broken loss, mask or schedule does not get there."""
+    status, _, _ = script(train, "--data", tiny, *TRAIN, "--epochs", 25, "--lr", 3e-3, "--out", tmp_path / "run")
+    assert status == 0
+    script(test, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "test.json").read_text())["iou"] > 0.75
+
+
+@pytest.mark.parametrize("flags", [("--arch", "unetpp"), ("--encoder", "efficientnet_b0"), ("--app", "linear"),
+                                   ("--app-activation", "relu"), ("--class-weights", "published"), ("--amp", "fp16"),
+                                   ("--amp", "off"), ("--recipe", "paper"), ("--depth", "4"), ("--workers", "2")])
+def test_flags_train(tiny, script, tmp_path, flags):
+    status, _, _ = script(train, "--data", tiny, "--out", tmp_path / "run", *TRAIN, *flags)
+    assert status == 0 and script(test, tmp_path / "run")[0] == 0
+
+
+def test_limit_train_uses_so_many(tiny, script, tmp_path):
+    script(train, "--data", tiny, "--out", tmp_path / "run", *TRAIN, "--limit-train", 2)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train_images_used"] == 2
+
+
+def test_early_stopping(tiny, script, tmp_path):
+    status, _, _ = script(train, "--data", tiny, "--out", tmp_path / "run", *TRAIN, "--epochs", 9, "--patience", 1,
+                          "--lr", 1e-12)
+    assert status == 0 and len(read_metrics(tmp_path / "run")) < 9
+
+
+@needs("inform")
+def test_real_tissue_trains_and_tests(script, tmp_path):
+    run = tmp_path / "run"
+    status, _, _ = script(train, "--data", SHARED / "inform", "--out", run, *TRAIN, "--tile", 256, "--limit-train", 1,
+                          "--depth", 5)
+    assert status == 0 and json.loads((run / "config.json").read_text())["setting"]["in_channels"] == 3
+    assert script(test, run)[0] == 0 and json.loads((run / "test.json").read_text())["images"] == 2
+
+
+# -------------------------------------------------------------------------------------------------------------- tiles
+@pytest.mark.parametrize("size, tile", [(10, 16), (16, 16), (17, 16), (100, 32), (1408, 480), (1876, 480)])
+def test_tiles_cover_the_field_and_stay_inside(size, tile):
+    starts = runs.tile_starts(size, tile)
+    covered = {pixel for start in starts for pixel in range(start, min(start + tile, size))}
+    assert covered == set(range(size)) and all(start + tile <= max(size, tile) for start in starts)
+    assert len(starts) == max(1, -(-size // tile))
+
+
+def test_prediction_puts_tiles_where_they_belong():
+    class Echo(torch.nn.Module):
+        def forward(self, image):
+            return torch.cat([1 - image, image], 1)
+
+    field = torch.rand(1, 70, 91)
+    compute = runs.Compute(torch.device("cpu"), None)
+    for tile in (16, 32, 80, 128):
+        torch.testing.assert_close(runs.predict(Echo(), field, tile, 3, compute)[1], field[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+def replace(path, content=b"x"):
+    path.write_bytes(content)
+
+
+def resave_mask(folder):
+    Image.new("L", (9, 9)).save(folder / "labels4.png")
+
+
+def only(folder, split, count=9):
+    rows = [row for row in (folder / "segmentation.csv").read_text().splitlines() if row.endswith(split)]
+    (folder / "segmentation.csv").write_text("\n".join(["image,mask,split", *rows[:count]]))
+
+
+def empty_masks(folder):
+    for path in folder.glob("labels*.png"):
+        Image.new("L", Image.open(path).size).save(path)
+
+
+BAD = [
+    (["--data", "{tiny}/nowhere"], None, "no such folder (--data)"),
+    (["--data", "{tmp}"], None, "holds neither segmentation.csv"),
+    (["--data", "{tiny}"], lambda d: (d / "segmentation.csv").write_text(""), "segmentation.csv: is empty"),
+    (["--data", "{tiny}"], lambda d: (d / "field0.png").unlink(), "line 2: image 'field0.png' is not there"),
+    (["--data", "{tiny}"], lambda d: replace(d / "field1.png", (d / "field1.png").read_bytes()[:300]), "field1.png"),
+    (["--data", "{tiny}"], lambda d: replace(d / "labels0.png"), "labels0.png: cannot be read"),
+    (["--data", "{tiny}"], resave_mask, "labels4.png: the mask is 9x9 pixels"),
+    (["--encoder", "resnet19"], None, "encoder 'resnet19' is not a timm model"),
+    (["--weights", "no.pth"], None, "--weights no.pth: no such file"),
+    (["--arch", "segnet"], None, "argument --arch: invalid choice"),
+    (["--epochs", "0"], None, "argument --epochs: invalid int (from 1) value: '0'"),
+    (["--epochs", "9" * 400], None, "argument --epochs"), (["--seed", "9" * 14], None, "argument --seed"),
+    (["--lr", "nan"], None, "argument --lr"), (["--lr", "fast"], None, "argument --lr"),
+    (["--tile", "8"], None, "argument --tile"), (["--depth", "5"], None, "32 is too small for depth 5; take 64"),
+    (["--channel", ","], None, "--channel ',': names no page"),
+    (["--class-weights", "1"], None, "argument --class-weights"),
+    (["--out", "{tiny}/segmentation.csv"], None, "is a file; give a folder"),
+    (["--out", "{tiny}/segmentation.csv/run"], None, "segmentation.csv/run: Not a directory"),
+    (["--out", "{run}"], None, "holds a run already"), (["--resume", "--out", "{tmp}/n"], None, "has no config.json"),
+    (["--resume", "--out", "{run}", "--data", "{rundata}", "--arch", "unetpp"], None, "started with unet, not unetpp"),
+    (["--resume", "--out", "{run}", "--data", "{rundata}", "--app", "none"], None, "--app: "),
+    (["--resume", "--out", "{run}"], None, "argument --data: "), (["--resume"], None, "there is no run with a last.pt"),
+    (["--data", "{tiny}"], lambda d: only(d, "test"), "has no images of split train"),
+    (["--data", "{tiny}"], lambda d: only(d, "train", 1), "has no images of split validation"),
+    (["--recipe", "paper", "--tile", "64"], empty_masks, "--class-weights auto: class weights need both classes"),
+    (["--bogus"], None, "unrecognized arguments: --bogus"),
+] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], None, "--device cuda: there is none here; use")])
+
+
+@pytest.mark.parametrize("arguments, damage, said", BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_to_train(tiny, script, tmp_path, finished, arguments, damage, said):
+    if damage:
+        damage(tiny)
+    places = {"{tiny}": str(tiny), "{tmp}": str(tmp_path), "{run}": str(finished[0]), "{rundata}": str(finished[1])}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    before = (finished[0] / "last.pt").read_bytes()
+    if "--data" not in arguments:
+        arguments = ["--data", tiny, *arguments]
+    status, _, err = script(train, *TRAIN, *arguments)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert (finished[0] / "last.pt").read_bytes() == before and not runs.RUNS.exists()
+
+
+def test_an_unknown_stain_is_named(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FIELDS_PER_PATIENT", 1)
+    data.write_synthetic(runs.SYNTHETIC)
+    status, _, err = script(train, *TRAIN, "--channel", "CD8")
+    assert status == 2 and "no page named 'CD8' (--channel); it has CXCR3, " in err
+
+
+def test_bad_input_to_test(script, tmp_path, finished, tiny):
+    run, _ = finished
+
+    def says(expected, *arguments):
+        status, _, err = script(test, *arguments)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and expected in err, err
+
+    says("there is no run")
+    says("best.pt: no such file", tmp_path)
+    says("no such folder (--data)", run, "--data", tmp_path / "nowhere")
+    says("takes one run", run, run, "--save-masks", tmp_path / "masks")
+    only(tiny, "test")
+    says("has no images of split train", run, "--data", tiny, "--split", "train")
+    (tiny / "labels8.png").rename(tiny / "field8.PNG")
+    (tiny / "segmentation.csv").write_text("image,mask,split\nfield8.png,field8.PNG,test\n")
+    before = (tiny / "field8.png").read_bytes()
+    says("would overwrite field8.png", run, "--data", tiny, "--save-masks", tiny)
+    assert (tiny / "field8.png").read_bytes() == before
+    Image.new("RGB", Image.open(tiny / "field8.png").size, (9, 200, 9)).save(tiny / "field8.png")
+    says("field8.png: has 3 channels", run, "--data", tiny)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text((run / "config.json").read_text())
+    (damaged / "best.pt").write_bytes((run / "best.pt").read_bytes()[:1000])
+    says("best.pt: is not a checkpoint", damaged)
+    torch.save(torch.zeros(3), damaged / "best.pt")
+    says("it must hold setting, model", damaged)
+    (damaged / "best.pt").write_bytes((run / "best.pt").read_bytes())
+    (damaged / "config.json").write_text("{}")
+    says("config.json: is not what train.py writes", damaged)
+
+
+def test_the_commands_as_processes(finished):
+    """Help with defaults, and the one line on stderr, from the shell."""
+    def run(*command):
+        return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "COLUMNS": "200"})
+    help_text = run("train.py", "--help")
+    assert help_text.returncode == 0 and "[resnet18]" in help_text.stdout
+    wrong = run("train.py", "--data", "/nowhere/at/all")
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr == "error: /nowhere/at/all: no such folder (--data)\n"
+
+
+def test_readme_and_ci_name_the_same_commands():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    command = "-r requirements.txt -r tests/requirements.txt && python -m pytest tests"
+    assert command in readme and command in ci
+    assert "pip install -r requirements.txt && python train.py --task seg" in readme
+    assert "SYN_" not in readme and "DSB_" not in readme  # no figure is still to be filled in
+
+
+def test_class_weights_follow_the_data(tiny):
+    fields = data.read_fields([r for r in data.find_records(tiny)[0] if r.split == "train"])
+    share = np.mean(np.concatenate([f.mask.numpy().ravel() for f in fields]))
+    assert train.choose_class_weights("auto", fields) == pytest.approx([share, 1 - share])
+    assert train.choose_class_weights("published", fields) == list(dedl.PUBLISHED_CLASS_WEIGHTS)
