@@ -688,14 +688,14 @@ def command(main, argv=None, errors=()):
         raise SystemExit(130) from None
 
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: a finite number from `low` to `high`."""
+def number(kind, low, high=10 ** 9):
+    """A type for argparse: an int or float from `low` to `high`."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= value <= high:
             raise ValueError
         return value
-    parse.__name__ = f"{kind.__name__} (from {low}{f' to {high}' if high < math.inf else ''})"  # shown by argparse
+    parse.__name__ = f"{kind.__name__} (from {low} to {high})"  # argparse shows it: invalid ... value
     return parse
 
 

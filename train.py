@@ -2,8 +2,8 @@
 
     python train.py --task seg                          the synthetic set, a few minutes on two CPU cores
     python train.py --task seg --data DIR               your data, the paper's recipe
-    python train.py --task seg --data DIR --recipe short --tile 256 --epochs 8
-    python train.py --task seg --data DIR --resume      go on after an interruption
+    python train.py --task seg --data DIR --recipe short --depth 5
+    python train.py --resume                            go on with the newest run after an interruption
 """
 import argparse
 import csv
@@ -29,9 +29,9 @@ import runs
 # for short runs from random weights. Without --data and --recipe: short, with what the small synthetic fields need.
 RECIPES = {
     "paper": dict(lr=3.6e-4, weight_decay=1e-5, batch_size=16, epochs=50, patience=5, class_weights="auto", tile=480),
-    "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=8, epochs=6, patience=0, class_weights="1,1", tile=256),
+    "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=4, epochs=5, patience=0, class_weights=[1.0, 1.0], tile=256),
 }
-SYNTHETIC = {**RECIPES["short"], "epochs": 3, "tile": 128}
+SYNTHETIC = {**RECIPES["short"], "batch_size": 8, "epochs": 3, "tile": 128}
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_iou", "lr", "seconds", "app_penalty")
 MAY_CHANGE = ("out", "resume", "epochs", "patience", "workers", "device", "amp", "compile")  # when a run is resumed
 
@@ -58,8 +58,8 @@ def make_parser():
     add("--weight-decay", type=number(float, 0), help=f"of short: decoupled {default('weight_decay')}")
     add("--patience", type=number(int, 0), help="stop after so many epochs without a better validation IoU; 0: never "
         + default("patience"))
-    add("--class-weights", metavar="auto|published|W0,W1", help="of background and nucleus in the cross-entropy; auto: "
-        f"by their shares in training; published: 0.1479,0.8521 {default('class_weights')}")
+    add("--class-weights", type=class_weights, metavar="auto|published|W0,W1", help="of background and nucleus in the "
+        f"cross-entropy; auto: by their shares in training; published: 0.1479,0.8521 {default('class_weights')}")
     add("--tile", type=number(int, 16), help=f"side of a tile in pixels {default('tile')}")
     add("--seed", type=data.SEED, default=77, help="[77]")
     add("--workers", type=number(int, 0), help="loader processes [0 on a CPU, else up to 4]")
@@ -104,20 +104,18 @@ def parse_args(argv=None):
             parser.error(f"argument --{name.replace('_', '-')}: {args.out} was started with {was}, not {value}")
     if args.tile < 2 ** (args.depth + 1):
         parser.error(f"argument --tile: {args.tile} is too small for depth {args.depth}; take {2 ** (args.depth + 1)}")
-    parse_class_weights(args.class_weights)
     return args
 
 
-def parse_class_weights(text):
-    """"W0,W1" -> [W0, W1]; None for auto and published. Raises RunError."""
+def class_weights(text):
+    """The type of --class-weights: auto, published or [background, nucleus]."""
     if text in ("auto", "published"):
-        return None
-    try:
-        background, nucleus = map(data.number(float, 1e-12), text.split(","))
-        return [background, nucleus]
-    except ValueError as error:
-        raise runs.RunError(f"argument --class-weights: {text!r} must be auto, published or two positive numbers "
-                            f"W0,W1") from error
+        return text
+    background, nucleus = map(data.number(float, 1e-12), text.split(","))
+    return [background, nucleus]
+
+
+class_weights.__name__ = "auto|published|W0,W1"  # argparse shows it: invalid ... value
 
 
 # --------------------------------------------------------------------------------------------------------- segmentation
@@ -132,7 +130,7 @@ def train_segmentation(args):
     records, said = data.find_records(folder, args.seed)
     print(*said, sep="\n")
     train_fields, val_fields = load_splits(records, args)
-    class_weights = choose_class_weights(args.class_weights, train_fields)
+    weights_of_classes = choose_class_weights(args.class_weights, train_fields)
     crops = data.Crops(train_fields, args.tile, args.seed)
 
     # 2. network, APP, optimizer
@@ -155,7 +153,7 @@ def train_segmentation(args):
     if started:
         state = resume(out, setting, model, app, optimizer, scaler)
     config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "data": str(folder),
-              "setting": setting, "class_weights_used": class_weights, "weights_used": weights_used,
+              "setting": setting, "class_weights_used": weights_of_classes, "weights_used": weights_used,
               "channels": train_fields[0].channels, "device": str(compute.device),
               "amp": str(compute.amp_dtype or torch.float32).removeprefix("torch."),
               "images": {split: sum(r.split == split for r in records) for split in data.SPLITS},
@@ -171,7 +169,7 @@ def train_segmentation(args):
           f"epoch, {compute.device}, {config['amp']}", flush=True)
 
     # 4. the loop
-    weight = torch.tensor(class_weights, device=compute.device)
+    weight = torch.tensor(weights_of_classes, device=compute.device)
     while state["epoch"] < args.epochs and not (args.patience and state["stale"] >= args.patience):
         started = time.perf_counter()
         epoch = state["epoch"] + 1
@@ -259,7 +257,7 @@ def choose_class_weights(wish, fields):
     if wish == "published":
         return list(dedl.PUBLISHED_CLASS_WEIGHTS)
     if wish != "auto":
-        return parse_class_weights(wish)
+        return wish
     share = sum(int(f.mask.sum()) for f in fields) / sum(f.mask.numel() for f in fields)
     try:
         return list(dedl.balanced_class_weights(share))

@@ -223,7 +223,7 @@ BAD = [
     (["--encoder", "resnet19"], None, "encoder 'resnet19' is not a timm model"),
     (["--weights", "no.pth"], None, "--weights no.pth: no such file"),
     (["--arch", "segnet"], None, "argument --arch: invalid choice"),
-    (["--epochs", "0"], None, "argument --epochs: invalid int (from 1) value: '0'"),
+    (["--epochs", "0"], None, "argument --epochs: invalid int (from 1 to 1000000000) value: '0'"),
     (["--epochs", "9" * 400], None, "argument --epochs"), (["--seed", "9" * 14], None, "argument --seed"),
     (["--lr", "nan"], None, "argument --lr"), (["--lr", "fast"], None, "argument --lr"),
     (["--tile", "8"], None, "argument --tile"), (["--depth", "5"], None, "32 is too small for depth 5; take 64"),
