@@ -17,6 +17,7 @@ import sys
 import warnings
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,21 +109,18 @@ def normalise(image):
     return ((image - low) / np.where(high > low, high - low, 1)).clip(0, 1)
 
 
-class _reading:
+@contextmanager
+def _reading(path):
     """Turns whatever a decoder raises into a DataError that names the file."""
-
-    def __init__(self, path):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file" if not path.is_dir() else f"{path}: is a folder, not an image file")
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        if isinstance(error, Exception) and not isinstance(error, DataError):  # decoders raise nearly every kind
-            detail = " ".join(str(error).split())[:120] or kind.__name__
-            raise DataError(f"{self.path}: cannot be read; is it a whole TIFF, PNG or JPEG file? ({detail})") from error
+    if not path.is_file():
+        raise DataError(f"{path}: is a folder, not an image file" if path.is_dir() else f"{path}: no such file")
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise nearly every kind
+        detail = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DataError(f"{path}: cannot be read; is it a whole TIFF, PNG or JPEG file? ({detail})") from error
 
 
 def _description(page):
@@ -303,14 +301,13 @@ def _split_patients(records, seed):
         for record in records:
             record.split = split_of[record.patient]
         return ["split by patient as in the paper"]
-    return [_move(records, "test", seed)]
+    return [_move(records, "test", seed)] if len(records) > 1 else []
 
 
 def _move(records, split, seed):
-    """Moves VALIDATION_SHARE of the training records to another split, whole patients where there are several."""
+    """Moves VALIDATION_SHARE of two or more training records to another split, whole patients where there are several.
+    Returns a line that says so."""
     train = [record for record in records if record.split == "train"]
-    if len(train) < 2:
-        raise DataError(f"there is one image: too few to take some for {split}")
     patients = sorted({record.patient for record in train})
     groups = [[r for r in train if r.patient == patient] for patient in patients]
     unit = "patients"

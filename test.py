@@ -40,7 +40,6 @@ def parse_args(argv):
     add("--data", type=Path, help="data folder [the run's own]")
     add("--split", choices=data.SPLITS, default="test", help="[test]")
     add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255")
-    add("--batch-size", type=data.number(int, 1), default=8, help="tiles predicted at once; fewer save memory [8]")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision [auto]")
     return parser.parse_args(argv)
@@ -64,7 +63,7 @@ def test_segmentation(run, compute, args):
 
     # 2. predict and measure
     bar = partial(tqdm, desc=f"predicting {args.split}", unit="image", leave=False, disable=None)
-    counts, loss, masks = runs.evaluate(model, fields, config["tile"], args.batch_size, compute, progress=bar)
+    counts, loss, masks = runs.evaluate(model, fields, compute, progress=bar)
     scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss, "split": args.split, "data": str(folder)}
 
     # 3. numbers, picture, masks

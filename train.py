@@ -29,7 +29,7 @@ import runs
 # for short runs from random weights. Without --data and --recipe: short, with what the small synthetic fields need.
 RECIPES = {
     "paper": dict(lr=3.6e-4, weight_decay=1e-5, batch_size=16, epochs=50, patience=5, class_weights="auto", tile=480),
-    "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=4, epochs=5, patience=0, class_weights=[1.0, 1.0], tile=256),
+    "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=4, epochs=4, patience=0, class_weights=[1.0, 1.0], tile=256),
 }
 SYNTHETIC = {**RECIPES["short"], "batch_size": 8, "epochs": 3, "tile": 128}
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_iou", "lr", "seconds", "app_penalty")
@@ -174,7 +174,7 @@ def train_segmentation(args):
         started = time.perf_counter()
         epoch = state["epoch"] + 1
         train_loss, penalty, speed = train_epoch(model, app, crops, optimizer, scaler, weight, compute, epoch, args)
-        counts, val_loss, masks = runs.evaluate(model, val_fields, args.tile, args.batch_size, compute, weight)
+        counts, val_loss, masks = runs.evaluate(model, val_fields, compute, weight)
         iou = dedl.segmentation_scores(counts)["iou"]
         better = iou > state["best_iou"]
         state = {"epoch": epoch, "best_iou": iou if better else state["best_iou"],

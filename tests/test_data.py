@@ -192,6 +192,11 @@ def test_other_patients_are_split_whole_by_seed(tmp_path):
     assert any(splits(data.find_records(folder, seed=seed)[0]) != found for seed in range(2, 6))
 
 
+def test_a_single_inform_file_is_found(tmp_path):
+    records, _ = data.find_records(inform_folder(tmp_path / "in", ["P1"], fields=1))
+    assert [record.split for record in records] == ["train"]
+
+
 def test_validation_is_taken_from_train_where_none_is_named(tmp_path):
     folder = write_folder(tmp_path / "in", ("train",) * 10 + ("test",) * 2)
     records, said = data.find_records(folder)

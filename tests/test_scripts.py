@@ -190,7 +190,7 @@ def test_prediction_puts_tiles_where_they_belong():
     field = torch.rand(1, 70, 91)
     compute = runs.Compute(torch.device("cpu"), None)
     for tile in (16, 32, 80, 128):
-        torch.testing.assert_close(runs.predict(Echo(), field, tile, 3, compute)[1], field[0])
+        torch.testing.assert_close(runs.predict(Echo(), field, compute, tile)[1], field[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
