@@ -72,8 +72,8 @@ def choose_compute(device="auto", amp="auto"):
 
 
 def _keep_freed_memory():
-    """Tells glibc to keep large freed blocks: else each step's tensors are mapped, zeroed and unmapped page by page,
-    which took a third of a training step on two cores. Elsewhere (macOS, Windows, musl) nothing is changed."""
+    """Tells glibc to keep large freed blocks: else each step's tensors are mapped, zeroed and unmapped page by page.
+    Elsewhere (macOS, Windows, musl) nothing is changed."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -199,8 +199,20 @@ def predict(model, image, compute, tile=PREDICTION_TILE):
     return total / count
 
 
+def predict_eight_ways(model, image, compute):
+    """Like predict, but the mean logits over the field's four turns, each as it is and mirrored (test-time
+    augmentation): eight times the work."""
+    total = 0
+    for turns in range(4):
+        for flip in (False, True):
+            turned = image.rot90(turns, (1, 2))
+            logits = predict(model, turned.flip(2) if flip else turned, compute)
+            total = total + (logits.flip(2) if flip else logits).rot90(-turns, (1, 2))
+    return total / 8
+
+
 @torch.inference_mode()
-def evaluate(model, fields, compute, class_weights=None, progress=iter):
+def evaluate(model, fields, compute, class_weights=None, progress=iter, predict=predict):
     """Predicts all fields: pixel counts (fields, 4), the mean cross-entropy, and the predicted masks (H, W) bool."""
     model.eval()
     counts, masks, loss, weight = [], [], 0.0, 0.0
@@ -228,7 +240,7 @@ def save_samples(fields, masks, file, most=4, side=256):
     save_grid(rows, file)
 
 
-def save_sheet(fields, masks, ious, file, side=400):
+def save_sheet(fields, masks, ious, file, side=320):
     """The best, the median and the worst image: as it is, and with the contours of truth and prediction."""
     order = np.argsort(ious)[::-1]
     rows = []

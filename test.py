@@ -3,6 +3,7 @@
     python test.py                             the newest run, on the test split of its data folder
     python test.py RUN [RUN ...]               these runs
     python test.py RUN --save-masks DIR        the predicted masks too, one PNG an image
+    python test.py RUN --tta                   the mean prediction over eight flips and turns
 
 Each run's folder gets test.json (the printed numbers) and test.png (its best, median and worst image with contours).
 Whole images are measured: predicted by tiles, put together, every pixel counted once.
@@ -27,9 +28,9 @@ def main(argv=None):
     compute = runs.choose_compute(args.device, args.amp)
     for run in folders:
         scores = test_segmentation(run, compute, args)
-        print(f"{run} on the {args.split} split of {scores['data']}")
+        print(f"{run} on the {args.split} split of {scores['data']}{', with --tta' if args.tta else ''}")
         for name, value in scores.items():
-            if name not in ("data", "split"):
+            if name not in ("data", "split", "tta"):
                 print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
 
 
@@ -40,6 +41,7 @@ def parse_args(argv):
     add("--data", type=Path, help="data folder [the run's own]")
     add("--split", choices=data.SPLITS, default="test", help="[test]")
     add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255")
+    add("--tta", action="store_true", help="average the eight flips and turns of each image: eight times slower")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision [auto]")
     return parser.parse_args(argv)
@@ -63,8 +65,10 @@ def test_segmentation(run, compute, args):
 
     # 2. predict and measure
     bar = partial(tqdm, desc=f"predicting {args.split}", unit="image", leave=False, disable=None)
-    counts, loss, masks = runs.evaluate(model, fields, compute, progress=bar)
-    scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss, "split": args.split, "data": str(folder)}
+    counts, loss, masks = runs.evaluate(model, fields, compute, progress=bar,
+                                        predict=runs.predict_eight_ways if args.tta else runs.predict)
+    scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss, "tta": args.tta, "split": args.split,
+              "data": str(folder)}
 
     # 3. numbers, picture, masks
     runs.save_json(scores, run / f"{args.split}.json")

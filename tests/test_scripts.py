@@ -193,6 +193,25 @@ def test_prediction_puts_tiles_where_they_belong():
         torch.testing.assert_close(runs.predict(Echo(), field, compute, tile)[1], field[0])
 
 
+def test_tta_puts_the_eight_ways_back():
+    class Ramp(torch.nn.Module):
+        """Logits that are the image, but brighter to the right: the ramps of all eight ways together are level."""
+
+        def forward(self, image):
+            image = image + torch.linspace(0, 1, image.shape[-1])
+            return torch.cat([-image, image], 1)
+
+    field = torch.rand(1, 24, 31)
+    logits = runs.predict_eight_ways(Ramp(), field, runs.Compute(torch.device("cpu"), None))
+    torch.testing.assert_close(logits[1], field[0] + 0.5)
+
+
+def test_tta_is_said_and_recorded(finished, script, tmp_path):
+    status, out, _ = script(test, finished[0], "--tta", "--save-masks", tmp_path / "masks")
+    assert status == 0 and "with --tta" in out and json.loads((finished[0] / "test.json").read_text())["tta"] is True
+    assert len(list((tmp_path / "masks").iterdir())) == 3
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 def replace(path, content=b"x"):
     path.write_bytes(content)
