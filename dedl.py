@@ -1,4 +1,4 @@
-"""The method: Autoencoder Post-Processing (APP) in its two forms, class weights, the Dice loss and the metrics.
+"""The method: Autoencoder Post-Processing (APP) in its two forms, the weighted cross-entropy and the metrics.
 
 Singh & Cirrone 2022, "A Data-Efficient Deep Learning Framework for Segmentation and Classification of Histopathology
 Images", arXiv 2207.06489.
@@ -6,8 +6,7 @@ Images", arXiv 2207.06489.
 Shapes: N images, C classes (2: background, nucleus), H x W pixels. logits z (N, C, H, W), truth y (N, H, W) of class
 indices, one-hot truth Y (N, C, H, W), class weights w (C,).
 
-The loss of a training step is   L = CE_w(z, y) + dice_weight * Dice(z, y) + app_weight * penalty + own   (the paper's
-recipe has no Dice term), with (penalty, own) from one of:
+The loss of a training step is   L = CE_w(z, y) + app_weight * penalty + own   with (penalty, own) from one of:
 
 conv (this project's form). A convolutional autoencoder D(E(.)) learns what masks look like; its encoder E says how far
 the prediction is from the truth as a *shape*:
@@ -138,18 +137,6 @@ def balanced_class_weights(nucleus_fraction):
     if not 0 < nucleus_fraction < 1:
         raise ValueError(f"class weights need both classes; the share of nucleus pixels is {nucleus_fraction:g}")
     return nucleus_fraction, 1 - nucleus_fraction
-
-
-def soft_dice_loss(logits, truth):
-    """1 - Dice of the nucleus probability p with the truth y, mean over images: 1 - (2 sum py + 1) / (sum p + y + 1).
-
-    Milletari et al. 2016, arXiv 1606.04797, with plain sums in place of squares. The 1 (a pixel) makes 0 / 0 a perfect
-    score, and a false nucleus in an empty tile costly. logits (N, 2, H, W), truth (N, H, W) -> scalar in [0, 1].
-    """
-    probability, truth = logits.softmax(1)[:, 1], truth.float()                        # (N, H, W)
-    overlap = (probability * truth).sum((1, 2))                                        # (N,)
-    sizes = probability.sum((1, 2)) + truth.sum((1, 2))                                # (N,)
-    return (1 - (2 * overlap + 1) / (sizes + 1)).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

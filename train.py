@@ -28,10 +28,8 @@ import runs
 # What a flag that is not given falls back to. paper: the published recipe. short: one cycle to a large learning rate,
 # for short runs from random weights. Without --data and --recipe: short, with what the small synthetic fields need.
 RECIPES = {
-    "paper": dict(lr=3.6e-4, weight_decay=1e-5, batch_size=16, epochs=50, patience=5, class_weights="auto",
-                  dice_weight=0.0, tile=480),
-    "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=4, epochs=3, patience=0, class_weights=[1.0, 1.0],
-                  dice_weight=1.0, tile=256),
+    "paper": dict(lr=3.6e-4, weight_decay=1e-5, batch_size=16, epochs=50, patience=5, class_weights="auto", tile=480),
+    "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=4, epochs=3, patience=0, class_weights=[1.0, 1.0], tile=256),
 }
 SYNTHETIC = {**RECIPES["short"], "batch_size": 8, "tile": 128}
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_iou", "lr", "seconds", "app_penalty")
@@ -52,7 +50,7 @@ def make_parser():
     add("--task", choices=["seg"], default="seg", help="seg: segment nuclei [seg]")
     add("--data", type=Path, help="data folder (see README) [the built-in synthetic set, made on first use]")
     add("--out", type=Path, help="the run's folder [runs/<name that tells the setting>; to resume: the newest]")
-    add("--recipe", choices=list(RECIPES), help="the optimizer, its schedule, and defaults of the next eight flags "
+    add("--recipe", choices=list(RECIPES), help="the optimizer, its schedule, and defaults of the next seven flags "
         "[paper; without --data short, made shorter]")
     add("--epochs", type=number(int, 1), help=default("epochs"))
     add("--batch-size", type=number(int, 1), help=f"tiles a step {default('batch_size')}")
@@ -62,7 +60,6 @@ def make_parser():
         + default("patience"))
     add("--class-weights", type=class_weights, metavar="auto|published|W0,W1", help="of background and nucleus in the "
         f"cross-entropy; auto: by their shares in training; published: 0.1479,0.8521 {default('class_weights')}")
-    add("--dice-weight", type=number(float, 0), help=f"factor of the Dice loss {default('dice_weight')}")
     add("--tile", type=number(int, 16), help=f"side of a tile in pixels {default('tile')}")
     add("--seed", type=data.SEED, default=77, help="[77]")
     add("--workers", type=number(int, 0), help="loader processes [0 on a CPU, else up to 4]")
@@ -215,8 +212,6 @@ def train_epoch(model, app, crops, optimizer, scaler, weight, compute, epoch, ar
             logits = model(images).float()                                              # (N, 2, tile, tile)
             loss = F.cross_entropy(logits, truth, weight)
             losses += loss.detach() * len(images)
-            if args.dice_weight:
-                loss = loss + args.dice_weight * dedl.soft_dice_loss(logits, truth)
             if app:
                 penalty, own = app(logits, truth, weight)
                 loss = loss + args.app_weight * penalty + own
