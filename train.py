@@ -2,7 +2,7 @@
 
     python train.py --task seg                          the synthetic set, a few minutes on two CPU cores
     python train.py --task seg --data DIR               your data, the paper's recipe
-    python train.py --task seg --data DIR --recipe short --depth 4
+    python train.py --task seg --data DIR --recipe short --depth 5
     python train.py --resume                            go on with the newest run after an interruption
 """
 import argparse
@@ -29,9 +29,9 @@ import runs
 # for short runs from random weights. Without --data and --recipe: short, with what the small synthetic fields need.
 RECIPES = {
     "paper": dict(lr=3.6e-4, weight_decay=1e-5, batch_size=16, epochs=50, patience=5, class_weights="auto", tile=480),
-    "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=4, epochs=3, patience=0, class_weights=[1.0, 1.0], tile=256),
+    "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=4, epochs=5, patience=0, class_weights=[1.0, 1.0], tile=256),
 }
-SYNTHETIC = {**RECIPES["short"], "batch_size": 8, "tile": 128}
+SYNTHETIC = {**RECIPES["short"], "batch_size": 8, "epochs": 3, "tile": 128}
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_iou", "lr", "seconds", "app_penalty")
 MAY_CHANGE = ("out", "resume", "epochs", "patience", "workers", "device", "amp", "compile")  # when a run is resumed
 
