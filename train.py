@@ -137,9 +137,9 @@ def train_segmentation(args):
     torch.manual_seed(args.seed)
     setting = dict(arch=args.arch, encoder=args.encoder, in_channels=len(train_fields[0].image), classes=2,
                    depth=args.depth, decoder_channels=list(models.default_decoder_channels(args.depth)))
-    started = args.resume and (out / "last.pt").is_file()  # not if it was interrupted in its first epoch
-    model = models.build_segmenter(**setting, weights="none" if started else args.weights)
-    weights_used = runs.read_config(out)["weights_used"] if started else model.weights_used
+    resumes = args.resume and (out / "last.pt").is_file()  # not if it was interrupted in its first epoch
+    model = models.build_segmenter(**setting, weights="none" if resumes else args.weights)
+    weights_used = runs.read_config(out)["weights_used"] if resumes else model.weights_used
     model = model.to(compute.device, memory_format=torch.channels_last)
     app = dedl.build_app(args.app, args.tile, activation=args.app_activation)
     app = app.to(compute.device) if app else None
@@ -150,7 +150,7 @@ def train_segmentation(args):
 
     # 3. where the run stands
     state = {"epoch": 0, "best_iou": -1.0, "stale": 0}
-    if started:
+    if resumes:
         state = resume(out, setting, model, app, optimizer, scaler)
     config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "data": str(folder),
               "setting": setting, "class_weights_used": weights_of_classes, "weights_used": weights_used,
