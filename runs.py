@@ -1,5 +1,5 @@
 """What train.py and test.py share about a run: its device and precision, its folder and checkpoints, the prediction of
-whole fields by tiles, and the pictures that show it."""
+whole fields by tiles."""
 import ctypes
 import json
 import math
@@ -7,10 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 import data
 import dedl
@@ -21,8 +19,6 @@ RUNS = Path("runs")
 # less. Three networks trained by 256 on DSB2018 all did better so, on validation, than predicted by 256 too.
 PREDICTION_TILE = 1024
 SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic-v1"  # the number rises when data.py makes other pictures
-# contours in colours that colour-blind people tell apart (Okabe & Ito)
-TRUTH, PREDICTED, BOTH = (86, 180, 233), (230, 159, 0), (255, 255, 255)
 
 
 class RunError(ValueError):
@@ -225,69 +221,3 @@ def evaluate(model, fields, compute, class_weights=None, progress=iter, predict=
         counts.append(dedl.confusion(predicted, truth).cpu())
         masks.append(predicted.cpu())
     return torch.stack(counts), loss / weight, masks
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-def save_samples(fields, masks, file, most=4, side=256):
-    """input | truth | prediction of up to `most` fields, evenly taken, the middle side x side pixels of each."""
-    rows = []
-    for i in np.linspace(0, len(fields) - 1, min(most, len(fields))).round().astype(int):
-        window = middle(fields[i].mask.shape, side)
-        image = as_picture(fields[i].image)[window]
-        truth, predicted = (np.repeat(mask.numpy()[window][..., None] * np.uint8(255), 3, 2)
-                            for mask in (fields[i].mask, masks[i]))
-        rows.append([(fields[i].record.image.stem, image), ("truth", truth), ("prediction", predicted)])
-    save_grid(rows, file)
-
-
-def save_sheet(fields, masks, ious, file, side=320):
-    """The best, the median and the worst image: as it is, and with the contours of truth and prediction."""
-    order = np.argsort(ious)[::-1]
-    rows = []
-    for title, i in zip(("best", "median", "worst"), (order[0], order[len(order) // 2], order[-1])):
-        height, width = fields[i].mask.shape
-        window = middle((height, width), side)
-        part = f", middle {side} x {side}" if max(height, width) > side else ""
-        image = as_picture(fields[i].image)[window].repeat(2, 0).repeat(2, 1)  # doubled: contours stay thin
-        truth, predicted = (border(mask.numpy()[window].repeat(2, 0).repeat(2, 1))
-                            for mask in (fields[i].mask, masks[i]))
-        lines = image.copy()
-        lines[truth], lines[predicted], lines[truth & predicted] = TRUTH, PREDICTED, BOTH
-        rows.append([(f"{title}: IoU {ious[i]:.3f}  {fields[i].record.image.stem} ({height} x {width}{part})", image),
-                     ("contours: blue truth, orange prediction, white both", lines)])
-    save_grid(rows, file)
-
-
-def as_picture(image):
-    """Image (C, H, W) in [0, 1] -> uint8 (H, W, 3); one channel becomes grey, of many the first three are shown."""
-    image = image.numpy()
-    shown = np.concatenate([image, np.zeros_like(image[:1])])[:3] if len(image) > 1 else image.repeat(3, 0)
-    return (shown.transpose(1, 2, 0) * 255).round().astype(np.uint8)
-
-
-def middle(shape, side):
-    return tuple(slice(max(0, (size - side) // 2), max(0, (size - side) // 2) + side) for size in shape)
-
-
-def border(mask):
-    """The pixels of a mask (H, W) that touch its outside."""
-    around = np.pad(mask, 1, "edge")
-    return mask & ~(around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:])
-
-
-def save_grid(rows, file, gap=6, strip=20):
-    """A PNG of rows of (caption, uint8 (H, W, 3)), the caption in a strip above its picture."""
-    widths = [max(row[c][1].shape[1] for row in rows) + gap for c in range(len(rows[0]))]
-    heights = [max(cell.shape[0] for _, cell in row) + strip + gap for row in rows]
-    canvas = Image.new("RGB", (sum(widths) + gap, sum(heights) + gap), (24, 24, 24))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for r, row in enumerate(rows):
-        for c, (caption, cell) in enumerate(row):
-            x, y = gap + sum(widths[:c]), gap + sum(heights[:r])
-            while draw.textlength(caption, font) > widths[c] - gap:
-                caption = caption[:-4] + "..."
-            draw.text((x, y), caption, (230, 230, 230), font)
-            canvas.paste(Image.fromarray(cell), (x, y + strip))
-    temporary = file.with_suffix(".tmp")
-    canvas.save(temporary, "PNG")
-    os.replace(temporary, file)  # whoever is looking at the old picture sees it whole

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import data
 import dedl
+import pictures
 import runs
 
 
@@ -72,7 +73,7 @@ def test_segmentation(run, compute, args):
 
     # 3. numbers, picture, masks
     runs.save_json(scores, run / f"{args.split}.json")
-    runs.save_sheet(fields, masks, [dedl.image_iou(c) for c in counts], run / f"{args.split}.png")
+    pictures.save_sheet(fields, masks, [dedl.image_iou(c) for c in counts], run / f"{args.split}.png")
     for file, mask in zip(files, masks):
         Image.fromarray(mask.numpy().astype("uint8") * 255).save(file)
     return scores

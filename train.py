@@ -23,6 +23,7 @@ from tqdm import tqdm
 import data
 import dedl
 import models
+import pictures
 import runs
 
 # What a flag that is not given falls back to. paper: the published recipe. short: one cycle to a large learning rate,
@@ -185,7 +186,7 @@ def train_segmentation(args):
         runs.save_checkpoint({"setting": setting, "model": model.state_dict(), "app": app.state_dict() if app else {},
                               "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "state": state,
                               "rng": torch.get_rng_state()}, out / "last.pt")
-        runs.save_samples(val_fields, masks, out / "samples.png")
+        pictures.save_samples(val_fields, masks, out / "samples.png")
         seconds = time.perf_counter() - started
         lr = optimizer.param_groups[0]["lr"]
         add_row(out / "metrics.csv", dict(zip(COLUMNS, (epoch, train_loss, val_loss, iou, lr, seconds, penalty))))

@@ -8,6 +8,7 @@ from conftest import SHARED, needs, write_folder
 from PIL import Image
 
 import data
+import synthetic
 
 REAL = SHARED / "inform" / "FIHC4__0929309_HP_IM3_2_component_data.tif"
 
@@ -296,7 +297,7 @@ def test_crops_do_not_depend_on_workers_and_change_with_the_epoch(tiny):
 
 # -------------------------------------------------------------------------------------- synthetic set, import and check
 def test_the_synthetic_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "FIELDS_PER_PATIENT", 1)
+    monkeypatch.setattr(synthetic, "FIELDS_PER_PATIENT", 1)
     digests = []
     for name in ("a", "b"):
         data.write_synthetic(tmp_path / name)
@@ -308,7 +309,7 @@ def test_the_synthetic_set(tmp_path, monkeypatch):
     first = sorted((tmp_path / "a").glob("*_component_data.tif"))[0]
     with tifffile.TiffFile(first) as tiff:
         assert len(tiff.pages) == 9 and tiff.pages[-1].shape == (64, 80, 3)
-        assert [name for _, name in data._stain_pages(tiff)] == list(data.STAINS)
+        assert [name for _, name in data._stain_pages(tiff)] == list(synthetic.STAINS)
         assert data._stain_pages(tiff)[0][1] != "DAPI"
     image, mask = data.read_image(first)[0][0], data.read_mask(f"{first}Mask.tif")
     assert 0.1 < mask.mean() < 0.5 and image[mask].mean() > 3 * image[~mask].mean()
@@ -321,9 +322,9 @@ def test_the_synthetic_set(tmp_path, monkeypatch):
 
 def test_synthetic_labels_follow_from_the_markers():
     for seed in range(12):
-        stains, labels, kinds = data.synthetic_field(np.random.default_rng(1), np.random.default_rng(seed))
-        for marker in set(data.STAINS) - {"DAPI", "Autofluorescence"}:
-            expected = any(marker in data.PHENOTYPES[kind] for kind in kinds)
+        stains, labels, kinds = synthetic.draw_field(np.random.default_rng(1), np.random.default_rng(seed))
+        for marker in set(synthetic.STAINS) - {"DAPI", "Autofluorescence"}:
+            expected = any(marker in synthetic.PHENOTYPES[kind] for kind in kinds)
             bright = (stains[marker] > 15).mean() > 0.01  # rings of at least six cells
             assert bright == expected, (seed, marker, kinds)
 
