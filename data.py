@@ -1,14 +1,18 @@
-"""Images and masks: reading, manifests and splits, crops and augmentation, the built-in synthetic set.
+"""Images, masks and labels: reading, manifests, splits and folds, crops and augmentation.
 
-    python data.py synthetic OUT              write the built-in synthetic set
-    python data.py dsb2018 STAGE1_TRAIN OUT   import the Data Science Bowl 2018 download (its fluorescence fields)
-    python data.py check DIR                  say what is found in a data folder, and what is wrong with it
+    python data.py synthetic OUT                write the built-in synthetic set
+    python data.py dsb2018 STAGE1_TRAIN OUT     import the Data Science Bowl 2018 download (its fluorescence fields)
+    python data.py dedl-csv CSV [IMAGES] OUT    import the paper's csv (file,label) with the pictures it names
+    python data.py check DIR                    say what is found in a data folder, and what is wrong with it
 
-A data folder holds segmentation.csv (image,mask,split[,patient]); without one, inForm's file names are recognised.
-Arrays: image (C, H, W) float32 in [0, 1], mask (H, W) bool, True where a nucleus is.
+A data folder holds segmentation.csv (image,mask,split[,patient]), classification.csv (image,labels,split[,patient]) or
+both; without the first, inForm's file names are recognised.
+Segmentation: image (C, H, W) float32 in [0, 1], mask (H, W) bool, True where a nucleus is.
+Classification: picture (3, H, W) uint8, labels (classes,) of 0 and 1.
 """
 import argparse
 import csv
+import glob
 import logging
 import math
 import random
@@ -26,6 +30,7 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import synthetic
@@ -34,7 +39,11 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of broken files one 
 warnings.filterwarnings("ignore", module="PIL")
 
 SPLITS = ("train", "validation", "test")
+MANIFESTS = {"seg": ("segmentation.csv", "mask"), "cls": ("classification.csv", "labels")}  # file, column of the truth
+PAPER_CLASSES = ("b", "tfh", "tfh217", "tfhl", "other")  # in the order of the numbers in the paper's csv
+PICTURE_MEMORY = 4 << 30      # bytes; pictures to classify are kept in memory up to here
 TIFF = (".tif", ".tiff")
+IMAGES = (*TIFF, ".png", ".jpg", ".jpeg")
 PERCENTILES = (1, 99.8)       # brought to 0 and 1, as StarDist does
 ROTATION = 10                 # degrees: the paper's small rotation
 VALIDATION_SHARE = 0.2        # of the training images, where a data folder names no validation rows
@@ -98,6 +107,35 @@ def read_mask(path):
     else:
         mask = _read_picture(path, palette_index=True)
     return (_channels_first(mask) != 0).any(0)                                                            # (H, W)
+
+
+def read_picture(path):
+    """The picture that is classified, uint8 (3, H, W): of an inForm component file its RGB thumbnail (the paper's
+    "autofluorescence" image), else a TIFF, PNG or JPEG of one page, grey repeated for the three colours.
+
+    Values that are not 8 bits deep are brought to [0, 255] by the channels' percentiles. Raises DataError.
+    """
+    path = Path(path)
+    if path.suffix.lower() in TIFF:
+        with _reading(path), tifffile.TiffFile(path) as tiff:
+            pages = [page for page in tiff.pages if _description(page).get("ImageType") == "Thumbnail"] or tiff.pages
+            if len(pages) != 1:
+                raise DataError(f"{path}: holds {len(pages)} pages and no RGB thumbnail; a picture to classify is one "
+                                f"page, or inForm's component file with its thumbnail")
+            array = _page_array(path, pages[0])
+            if pages[0].photometric == tifffile.PHOTOMETRIC.PALETTE:
+                array = (np.moveaxis(np.asarray(pages[0].colormap)[:, array], 0, -1) >> 8).astype(np.uint8)
+    else:
+        array = _read_picture(path)
+    picture = _channels_first(array)
+    if len(picture) not in (1, 3):
+        raise DataError(f"{path}: has {len(picture)} channels; a picture to classify is grey or RGB")
+    if picture.dtype != np.uint8:
+        picture = picture.astype(np.float32)
+        if not np.isfinite(picture).all():
+            raise DataError(f"{path}: holds pixels that are NaN or infinite; write it again with finite values")
+        picture = (normalise(picture) * 255).round().astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(picture, (3, *picture.shape[1:])))                        # (3, H, W)
 
 
 def normalise(image):
@@ -205,31 +243,36 @@ def _channels_first(array):
 # ------------------------------------------------------------------------------------------------------------ manifests
 @dataclass
 class Record:
-    """One row of a manifest; image and mask are whole paths."""
+    """One row of a manifest; image and mask are whole paths. Segmentation has masks, classification labels."""
     image: Path
-    mask: Path
     split: str
     patient: str = ""
+    mask: Path | None = None
+    labels: tuple = ()
+    name: str = ""  # of the image, as the manifest or the command line has it
 
 
-def find_records(folder, seed=77, problems=None):
+def find_records(folder, seed=77, problems=None, task="seg", needs_validation=True):
     """The records of a data folder and a list of lines that say how they were found and split.
 
-    From segmentation.csv where there is one, else from inForm's file names. Without validation rows, whole patients (or
-    else images) of the training rows become validation, drawn by `seed`. What is wrong with rows of the manifest is
-    added to `problems`, or raised as DataError if that is None.
+    From the task's manifest; without segmentation.csv from inForm's file names. Without validation rows, whole patients
+    (or else images) of the training rows become validation, drawn by `seed`, unless they are not needed, as in a
+    cross-validation. What is wrong with rows of the manifest is added to `problems`, or raised as DataError if that is
+    None.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (--data)")
-    manifest = folder / "segmentation.csv"
+    manifest, column = folder / MANIFESTS[task][0], MANIFESTS[task][1]
     if manifest.is_file():
-        records, wrong = read_manifest(manifest)
+        records, wrong = read_manifest(manifest, column)
         said = [f"{manifest}"]
         if wrong and problems is None:
             raise DataError(wrong[0])
         problems = [] if problems is None else problems
         problems += wrong
+    elif task == "cls":
+        raise DataError(f"{folder}: holds no classification.csv (image,labels,split[,patient])")
     else:
         records, said = _inform_records(folder)
         if not records:
@@ -237,32 +280,25 @@ def find_records(folder, seed=77, problems=None):
                             f"(*_component_data.tif with masks)")
         said += _split_patients(records, seed)
     count = {split: sum(record.split == split for record in records) for split in SPLITS}
-    if count["validation"] == 0 and count["train"] > 1:
+    if needs_validation and count["validation"] == 0 and count["train"] > 1:
         said.append(_move(records, "validation", seed))
     return records, said
 
 
-def read_manifest(manifest):
-    """The records of a segmentation.csv and a line for each row that is wrong. Paths are relative to the manifest and
-    stay below its folder. Raises DataError for a file that is no such manifest."""
-    try:
-        with open(manifest, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-            columns = reader.fieldnames
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{manifest}: is not a CSV file in UTF-8 ({error})") from error
-    if not rows:
-        raise DataError(f"{manifest}: is empty; it needs a line image,mask,split[,patient] and one line an image")
-    for column in ("image", "mask", "split"):
-        if columns.count(column) != 1:
-            raise DataError(f"{manifest}: needs one column {column!r}: its first line is image,mask,split[,patient]")
-    records, problems = [], []
+def read_manifest(manifest, truth="mask"):
+    """The records of a segmentation.csv (truth "mask") or classification.csv ("labels") and a line for each row that is
+    wrong. Paths are relative to the manifest and stay below its folder; an image has one row. Raises DataError for a
+    file that is no such manifest."""
+    rows = _read_csv(manifest, ("image", truth, "split"), f"image,{truth},split[,patient]")
+    records, problems, seen = [], [], {}
     for line, row in rows:
         wrong = []
         if row["split"] not in SPLITS:
             wrong.append(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
-        for column in ("image", "mask"):
+        first, split = seen.setdefault(Path(row["image"] or ""), (line, row["split"]))
+        if first != line:
+            wrong.append(f"image {row['image']!r} is in line {first} already, of split {split}; give it one row")
+        for column in ("image", "mask") if truth == "mask" else ("image",):
             path = Path(row[column] or "")
             if not row[column] or path.is_absolute() or ".." in path.parts:
                 wrong.append(f"{column} {row[column]!r} must be a path below the manifest's folder")
@@ -270,9 +306,30 @@ def read_manifest(manifest):
                 wrong.append(f"{column} {row[column]!r} is not there")
         problems += [f"{manifest}, line {line}: {what}" for what in wrong]
         if not wrong:
-            records.append(Record(manifest.parent / row["image"], manifest.parent / row["mask"], row["split"],
-                                  row.get("patient") or ""))
+            record = Record(manifest.parent / row["image"], row["split"], (row.get("patient") or "").strip(),
+                            name=row["image"])
+            if truth == "mask":
+                record.mask = manifest.parent / row["mask"]
+            else:
+                record.labels = tuple(dict.fromkeys(filter(None, map(str.strip, (row["labels"] or "").split(";")))))
+            records.append(record)
     return records, problems
+
+
+def _read_csv(path, columns, first_line):
+    """[(line number, {column: text})] of a CSV file that has these columns. Raises DataError."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: is not a CSV file in UTF-8 ({error})") from error
+    if not rows:
+        raise DataError(f"{path}: is empty; it needs a line {first_line} and one line an image")
+    for column in columns:
+        if reader.fieldnames.count(column) != 1:
+            raise DataError(f"{path}: needs one column {column!r}: its first line is {first_line}")
+    return rows
 
 
 def _inform_records(folder):
@@ -288,12 +345,26 @@ def _inform_records(folder):
         masks = [path for name in names for path in files.get(name, []) if len(files[name]) == 1 or
                  path.parent == image.parent]
         if masks:
-            slide = re.sub(r"(_\[[\d.,]+\])?_component_data\.tif$", "", image.name)
-            records.append(Record(image, masks[0], "train", slide))
+            slide = _slide(image)
+            records.append(Record(image, "train", slide, masks[0]))
     said = [f"{folder}: {len(records)} inForm component files with masks"]
     if len(records) < len(images):
         said.append(f"{len(images) - len(records)} component files have no mask and are left out")
     return records, said
+
+
+def _slide(image):
+    """The slide an inForm file is of: its name up to _[x,y] or _component_data.tif; "" for another program's names."""
+    match = re.match(r"(.+?)(_\[[\d.,]+\].*|_component_data\.tif)$", image.name)
+    return match[1] if match else ""
+
+
+def _by_patient(records):
+    """Indices of the records, in a list for each patient; an image without a patient stands for itself."""
+    groups = {}
+    for index, record in enumerate(records):
+        groups.setdefault(record.patient or index, []).append(index)
+    return [groups[key] for key in sorted(groups, key=str)]
 
 
 def _split_patients(records, seed):
@@ -310,10 +381,8 @@ def _move(records, split, seed):
     """Moves VALIDATION_SHARE of two or more training records to another split, whole patients where there are several.
     Returns a line that says so."""
     train = [record for record in records if record.split == "train"]
-    patients = sorted({record.patient for record in train})
-    groups = [[r for r in train if r.patient == patient] for patient in patients]
-    unit = "patients"
-    if len(groups) < 2:
+    groups, unit = [[train[i] for i in group] for group in _by_patient(train)], "patients"
+    if len(groups) < 2 or len(groups) == len(train):
         groups, unit = [[record] for record in train], "images"
     random.Random(seed).shuffle(groups)
     moved = []
@@ -362,7 +431,7 @@ def _size(array):
     return f"{array.shape[-2]}x{array.shape[-1]}"
 
 
-# ----------------------------------------------------------------------------------------------- crops and augmentation
+# -------------------------------------------------------------------------------- segmentation: crops and augmentation
 class Crops(torch.utils.data.Dataset):
     """Random tiles of the training fields, augmented: image (C, tile, tile) float32, mask (tile, tile) int64.
 
@@ -428,25 +497,163 @@ def _rotate(image, mask, angle, tile):
     return image, mask[0, 0] > 0.5
 
 
+# ------------------------------------------------------------------------ classification: pictures, augmentation, folds
+def class_names(records):
+    """All labels of the records, sorted."""
+    return sorted({label for record in records for label in record.labels})
+
+
+def find_images(paths):
+    """The image files that paths name: files, folders (of these all images in them) and patterns like "a/*.tif". Raises
+    DataError for one that names none."""
+    found = []
+    for path in paths:
+        if Path(path).is_dir():
+            files = [file for file in sorted(Path(path).iterdir()) if file.suffix.lower() in IMAGES]
+        else:
+            files = [Path(path)] if Path(path).exists() else sorted(map(Path, glob.glob(str(path))))
+        if not files:
+            raise DataError(f"--images {path}: names no image file ({', '.join(IMAGES)})")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+@dataclass
+class Labelled:
+    """Records with their truth (N, classes) bool and their pictures by index, uint8 (3, S, S)."""
+    records: list
+    classes: list
+    truth: torch.Tensor
+    pictures: object
+
+
+class PicturesOnDisk:
+    """The records' pictures by index, uint8 (3, size, size), decoded and resized at each access. They are stretched to
+    a square, as in the paper, so that nothing is cut off. interpolation: "bicubic", "bilinear" or "nearest"."""
+
+    def __init__(self, records, size, interpolation):
+        self.records, self.size, self.interpolation = records, size, v2.InterpolationMode(interpolation)
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        picture = torch.from_numpy(read_picture(self.records[index].image))
+        return v2.functional.resize(picture, [self.size, self.size], self.interpolation, antialias=True)
+
+
+def read_labelled(records, classes, size, interpolation="bicubic", what="pictures"):
+    """Labelled of the records, size x size pixels. The pictures are read once, into one tensor; if that would take more
+    than PICTURE_MEMORY they stay on disk, and are read again in each epoch.
+
+    Raises DataError, also for a label that is none of the classes.
+    """
+    for record in records:
+        for label in record.labels:
+            if label not in classes:
+                raise DataError(f"{record.image}: its label {label!r} is none of the run's, {', '.join(classes)}")
+    truth = torch.tensor([[name in record.labels for name in classes] for record in records], dtype=torch.bool)
+    pictures = PicturesOnDisk(records, size, interpolation)
+    if len(records) * 3 * size * size <= PICTURE_MEMORY:
+        kept = torch.empty(len(records), 3, size, size, dtype=torch.uint8)
+        with ThreadPoolExecutor() as pool:
+            read = pool.map(pictures.__getitem__, range(len(records)))
+            for i, picture in enumerate(tqdm(read, f"reading {what}", len(records), unit="image", leave=False,
+                                             disable=None)):
+                kept[i] = picture
+        pictures = kept
+    return Labelled(records, classes, truth, pictures)
+
+
+# On uint8 tensors (3, S, S). paper: the notebook's. short: half of the pictures are flipped alone, since a network
+# learns slower from random weights where all are distorted; saturation stays, since cells differ by their colour.
+AUGMENTATIONS = {
+    "paper": v2.Compose([
+        v2.RandomApply([v2.ColorJitter(0.2, 0.2, 0.2), v2.RandomPerspective(0.2)], p=0.3),
+        v2.RandomApply([v2.ColorJitter(0.2, 0.2, 0.2), v2.RandomAffine(10)], p=0.3),
+        v2.RandomVerticalFlip(p=0.3), v2.RandomHorizontalFlip(p=0.3)]),
+    "short": v2.Compose([
+        v2.RandomApply([v2.ColorJitter(0.2, 0.2), v2.RandomPerspective(0.2),
+                        v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.9, 1.1),
+                                        interpolation=v2.InterpolationMode.BILINEAR)], p=0.5),
+        v2.RandomVerticalFlip(), v2.RandomHorizontalFlip()])}
+
+
+class AugmentedPictures(torch.utils.data.Dataset):
+    """Training pictures of a Labelled: uint8 (3, S, S), augmented, and their truth (classes,) float32.
+
+    chosen: the indices that an epoch goes through. Each picture is drawn with random numbers of its own, from (seed,
+    epoch, index): the same ones come with any number of workers, and after a resume.
+    """
+
+    def __init__(self, labelled, chosen, seed=0, augment=AUGMENTATIONS["paper"]):
+        self.pictures, self.truth, self.augment = labelled.pictures, labelled.truth.float(), augment
+        self.chosen, self.seed, self.epoch = chosen, seed, 0
+
+    def __len__(self):
+        return len(self.chosen)
+
+    def __getitem__(self, place):
+        index = int(self.chosen[place])
+        with torch.random.fork_rng(devices=[]):  # v2 draws from torch's own generator
+            torch.random.default_generator.manual_seed(
+                int(np.random.default_rng((self.seed, self.epoch, index)).integers(2 ** 63)))
+            return self.augment(self.pictures[index]), self.truth[index]
+
+
+def make_folds(records, count, seed=77):
+    """Splits records into `count` folds, lists of indices: patients stay whole, and each fold gets, as well as that
+    allows, the same number of images, of each label, and of each set of labels. Raises DataError if there are too few.
+
+    Greedy (after Sechidis et al. 2011, "On the stratification of multi-label data"): patients, those with the rarest
+    labels first, go one by one where they raise the squared deviation from equal folds least.
+    """
+    groups = _by_patient(records)
+    if len(groups) < count:
+        unit = "patients, which are never split" if any(record.patient for record in records) else "images"
+        raise DataError(f"--folds {count}: the training rows are of {len(groups)} {unit}; take at most {len(groups)}")
+    features = [[None, tuple(sorted(record.labels)), *((label,) for label in record.labels if len(record.labels) > 1)]
+                for record in records]                                  # None counts images; label sets; single labels
+    names = sorted({feature for row in features for feature in row}, key=str)
+    table = np.array([[row.count(name) for name in names] for row in features])                 # (images, features)
+    rows = [(table[indices].sum(0), indices) for indices in groups]
+    random.Random(seed).shuffle(rows)
+    total = table.sum(0)
+    rows.sort(key=lambda row: -(row[0] / total).max())
+    folds, held = [[] for _ in range(count)], np.zeros((count, len(names)))
+    for features, indices in rows:
+        # what sum((held + features - total / count)^2 / total) over all folds grows by, if they go to one of them
+        growth = ((2 * (held - total / count) * features + features ** 2) / total).sum(1)
+        fold = int(growth.argmin())
+        folds[fold] += indices
+        held[fold] += features
+    return [sorted(fold) for fold in folds]
+
+
 # ------------------------------------------------------------------------------------ writing data folders, and check
 def write_synthetic(folder, seed=77):
-    """Writes the synthetic set: inForm-style TIFFs of eight stains with an RGB thumbnail, masks of nucleus labels,
-    segmentation.csv and classification.csv. The same seed gives the same bytes. Raises DataError."""
+    """Writes the synthetic set: inForm-style TIFFs of eight stains with an RGB thumbnail, masks of nucleus labels, more
+    thumbnails without masks, segmentation.csv and classification.csv. The same seed gives the same bytes. Raises
+    DataError."""
     folder = Path(folder).resolve()
     _refuse_filled(folder)
     work = folder.with_name(folder.name + ".part")  # renamed when whole, so that an interruption leaves no half set
     work.mkdir(parents=True, exist_ok=True)
     segmentation, classification = [], []
     jobs = [(split, patient, number) for split, patients in synthetic.PATIENTS.items() for patient in patients
-            for number in range(synthetic.FIELDS_PER_PATIENT)]
+            for number in range(synthetic.FIELDS_PER_PATIENT + synthetic.PICTURES_PER_PATIENT)]
     for split, patient, number in tqdm(jobs, "synthetic fields", unit="field", leave=False, disable=None):
         stains, labels, phenotypes = synthetic.draw_field(np.random.default_rng((seed, patient)),
-                                                     np.random.default_rng((seed, patient, number)))
+                                                          np.random.default_rng((seed, patient, 1 + number)))
         slide = f"SYN{patient:02d}"
         name = f"{slide}_[{9000 + 400 * number},{41000 + 350 * patient}]_component_data.tif"
-        synthetic.write_inform(work / name, slide, stains)
-        tifffile.imwrite(work / f"{name}Mask.tif", labels, compression="zlib", metadata=None)
-        segmentation.append((name, f"{name}Mask.tif", split, slide))
+        if number < synthetic.FIELDS_PER_PATIENT:
+            synthetic.write_inform(work / name, slide, stains)
+            tifffile.imwrite(work / f"{name}Mask.tif", labels, compression="zlib", metadata=None)
+            segmentation.append((name, f"{name}Mask.tif", split, slide))
+        else:
+            name = name.replace("component_data.tif", "thumbnail.png")
+            Image.fromarray(synthetic.thumbnail(stains)).save(work / name)
         classification.append((name, ";".join(phenotypes), split, slide))
     _write_csv(work / "segmentation.csv", ("image", "mask", "split", "patient"), segmentation)
     _write_csv(work / "classification.csv", ("image", "labels", "split", "patient"), classification)
@@ -494,19 +701,117 @@ def import_dsb2018(source, folder, seed=77):
     return [f"{folder}: {len(taken)} fluorescence fields; {left} coloured or bright-field ones left out"]
 
 
+def import_dedl_csv(csv_file, images, folder, seed=77, test_csv=None):
+    """Writes a data folder from the paper's csv: columns file and label, labels like [0, 3] by place in PAPER_CLASSES.
+
+    The files are looked for by name, with or without extension, below `images`. Those below `folder` already stay where
+    they are, of others the picture that is classified is written there as PNG. The rows of `test_csv` are the test;
+    without it a fifth is drawn by `seed`, whole patients (slides, in inForm's names) where there are several.
+    Returns lines that say what was done.
+    """
+    images, folder = Path(images), Path(folder)
+    if not images.is_dir():
+        raise DataError(f"{images}: no such folder; give the one that holds the pictures")
+    if (folder / "classification.csv").exists():
+        raise DataError(f"{folder / 'classification.csv'}: is there already; give another folder")
+    where = {}
+    for path in sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGES):
+        for name in (path.name, path.stem):
+            where.setdefault(name, []).append(path)
+    records, taken = [], set()
+    for file, split in ((csv_file, "train"), (test_csv, "test")):
+        for line, row in _read_csv(Path(file), ("file", "label"), "file,label") if file else ():
+            name = Path((row["file"] or "").replace("\\", "/")).name
+            found = where.get(name, [])
+            if len(found) != 1:
+                raise DataError(f"{file}, line {line}: {len(found)} images below {images} are named {name!r}; there "
+                                f"must be one")
+            if not re.fullmatch(r"\s*\[\s*(\d+\s*(,\s*\d+\s*)*)?\]\s*", row["label"] or ""):
+                raise DataError(f"{file}, line {line}: label {row['label']!r} is not a list of numbers like [0, 3]")
+            numbers = sorted({int(number) for number in re.findall(r"\d+", row["label"])})
+            if numbers and numbers[-1] >= len(PAPER_CLASSES):
+                raise DataError(f"{file}, line {line}: label {row['label']} has a number above "
+                                f"{len(PAPER_CLASSES) - 1}; the classes are {', '.join(PAPER_CLASSES)}")
+            if found[0] in taken:
+                raise DataError(f"{file}, line {line}: file {name!r} has a row already; give it one")
+            taken.add(found[0])
+            records.append(Record(found[0], split, _slide(found[0]), labels=tuple(PAPER_CLASSES[n] for n in numbers)))
+    said = [] if test_csv or len(records) < 2 else [_move(records, "test", seed)]
+    if not any(record.patient for record in records):
+        said.append("no patient is told by the names (SLIDE_[x,y]...): images of one patient may be in train and test")
+    for record in tqdm(records, "importing", unit="image", leave=False, disable=None):
+        if not record.image.resolve().is_relative_to(folder.resolve()):
+            picture = Image.fromarray(np.moveaxis(read_picture(record.image), 0, -1))
+            record.image = folder / "images" / f"{record.image.name}.png"
+            record.image.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(record.image)
+    _write_csv(folder / "classification.csv", ("image", "labels", "split", "patient"),
+               [(record.image.resolve().relative_to(folder.resolve()).as_posix(), ";".join(record.labels), record.split,
+                 record.patient) for record in records])
+    return [f"{folder}: {len(records)} images", *said]
+
+
 def check(folder, channels=("DAPI",)):
     """What is in a data folder: (lines that describe it, one line for each thing that is wrong)."""
-    problems, kinds, seen = [], {}, {}
-    records, lines = find_records(folder, problems=problems)
+    folder, lines, problems = Path(folder), [], []
+    has = {task: (folder / file).is_file() for task, (file, _) in MANIFESTS.items()}
+    if has["seg"] or not has["cls"]:
+        _check_fields(folder, channels, lines, problems)
+    if has["cls"]:
+        _check_pictures(folder, lines, problems)
+    return lines, list(dict.fromkeys(problems))
+
+
+def _rows_of_splits(records, lines, problems):
+    """(split, its records) of each split; how many there are, and what is wrong with them, is added to lines, problems.
+    """
+    seen = {}
     for split in SPLITS:
         rows = [record for record in records if record.split == split]
         patients = {record.patient for record in rows if record.patient}
         lines.append(f"{split}: {len(rows)} images" + (f" of {len(patients)} patients" if patients else ""))
+        for patient in sorted(patients):
+            if seen.setdefault(patient, split) != split:
+                problems.append(f"patient {patient} is in two splits, {seen[patient]} and {split}: what is tested was "
+                                f"trained on")
+        yield split, rows
+
+
+def _check_pictures(folder, lines, problems):
+    records, said = find_records(folder, problems=problems, task="cls", needs_validation=False)
+    lines += said
+    classes = class_names(records)
+    sizes = set()
+    for split, rows in _rows_of_splits(records, lines, problems):
+        counts = {name: sum(name in record.labels for record in rows) for name in classes}
+        lines.append("  " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+        unlabelled = sum(not record.labels for record in rows)
+        if unlabelled:
+            lines.append(f"  {unlabelled} without any label: of none of the classes")
+        if split == "train":
+            problems += [f"label {name!r} has no training image: it cannot be learnt"
+                         for name, count in counts.items() if count == 0]
+        if not rows and split != "validation":
+            problems.append(f"there are no rows of split {split}")
+        for record in tqdm(rows, f"reading {split}", unit="image", leave=False, disable=None):
+            try:
+                picture = read_picture(record.image)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            sizes.add(_size(picture))
+            if picture.min() == picture.max():
+                problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
+    lines.append(f"sizes {', '.join(sorted(sizes)[:8])}{' ...' if len(sizes) > 8 else ''}")
+
+
+def _check_fields(folder, channels, lines, problems):
+    kinds = {}
+    records, said = find_records(folder, problems=problems)
+    lines += said
+    for split, rows in _rows_of_splits(records, lines, problems):
         nuclei = pixels = 0
         for record in tqdm(rows, f"reading {split}", unit="image", leave=False, disable=None):
-            for what in (str(record.image), record.patient and f"patient {record.patient}"):
-                if what and seen.setdefault(what, split) != split:
-                    problems.append(f"{what} is in two splits, {seen[what]} and {split}: what is tested was trained on")
             try:
                 field = read_field(record, channels)
             except DataError as error:
@@ -527,7 +832,6 @@ def check(folder, channels=("DAPI",)):
         lines.append(f"channels {', '.join(names)}; sizes {', '.join(sizes[:8])}{' ...' if len(sizes) > 8 else ''}")
     if len({len(names) for names in kinds}) > 1:
         problems.append("images have different numbers of channels; a network takes one number")
-    return lines, list(dict.fromkeys(problems))
 
 
 def _refuse_filled(folder):
@@ -586,12 +890,17 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    synthetic = commands.add_parser("synthetic", description="Writes the built-in synthetic set to a new folder.")
-    synthetic.add_argument("out", metavar="OUT", type=Path)
+    built_in = commands.add_parser("synthetic", description="Writes the built-in synthetic set to a new folder.")
+    built_in.add_argument("out", metavar="OUT", type=Path)
     dsb2018 = commands.add_parser("dsb2018", description="Imports the Data Science Bowl 2018 download.")
     dsb2018.add_argument("source", metavar="STAGE1_TRAIN", type=Path)
     dsb2018.add_argument("out", metavar="OUT", type=Path)
-    for command in (synthetic, dsb2018):
+    dedl_csv = commands.add_parser("dedl-csv", description="Imports the paper's csv: file,label; labels like [0, 3].")
+    dedl_csv.add_argument("csv", metavar="CSV", type=Path)
+    dedl_csv.add_argument("images", metavar="IMAGES", type=Path, nargs="?", help="where its files lie [beside the csv]")
+    dedl_csv.add_argument("out", metavar="OUT", type=Path)
+    dedl_csv.add_argument("--test", metavar="CSV", type=Path, help="the csv of the test images [a fifth is drawn]")
+    for command in (built_in, dsb2018, dedl_csv):
         command.add_argument("--seed", type=SEED, default=77, help="[77]")
     checks = commands.add_parser("check", description="Says what is found in a data folder, and what is wrong with it.")
     checks.add_argument("dir", metavar="DIR", type=Path)
@@ -602,6 +911,8 @@ def main(argv=None):
         print(f"{args.out}: written; look at it with: python data.py check {args.out}")
     elif args.command == "dsb2018":
         print(*import_dsb2018(args.source, args.out, args.seed), sep="\n")
+    elif args.command == "dedl-csv":
+        print(*import_dedl_csv(args.csv, args.images or args.csv.parent, args.out, args.seed, args.test), sep="\n")
     else:
         lines, problems = check(args.dir, channel_names(args.channel))
         print(*lines, *(f"PROBLEM {problem}" for problem in problems), sep="\n")

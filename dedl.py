@@ -1,4 +1,4 @@
-"""The method: Autoencoder Post-Processing (APP) in its two forms, the weighted cross-entropy and the metrics.
+"""The method: Autoencoder Post-Processing (APP) in its two forms, the losses and the metrics.
 
 Singh & Cirrone 2022, "A Data-Efficient Deep Learning Framework for Segmentation and Classification of Histopathology
 Images", arXiv 2207.06489.
@@ -29,6 +29,9 @@ linear (as published). A row-wise autoencoder A, a stack of Linear layers along 
   Both networks learn from the sum; A is a post-processor that the saved model drops.
 
 Both are used in training only: the saved network and its cost are those of a network trained without.
+
+Classification has several labels an image: logits z (N, C), truth y (N, C) of 0 and 1, one sigmoid a class; its loss is
+FocalLoss, below.
 """
 import torch
 import torch.nn as nn
@@ -36,6 +39,7 @@ import torch.nn.functional as F
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 PUBLISHED_CLASS_WEIGHTS = (0.1479, 0.8521)  # notebooks of the paper: 14.79 % of the private set's pixels are nucleus
+PUBLISHED_PHENOTYPE_WEIGHTS = {"b": 0.9475, "tfh": 0.4934, "tfh217": 0.5029, "tfhl": 0.2, "other": 1.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------- APP
@@ -127,7 +131,41 @@ def build_app(form, width, classes=2, activation="gelu"):
     return ConvAPP(classes, activation) if form == "conv" else LinearAPP(width, activation)
 
 
-# --------------------------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------------------------------------------- losses
+class FocalLoss(nn.Module):
+    """Focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5) of multi-label logits, mean over images and classes:
+
+        alpha * w_c * (1 - p_t)^gamma * -log(p_t),   p_t = sigmoid(z) where y = 1, 1 - sigmoid(z) where y = 0
+
+    gamma takes weight from what is classified well already; gamma 0 is the (weighted) binary cross-entropy.
+    class_weights: w (C,), None for 1. forward: logits (N, C), truth (N, C) in [0, 1] -> scalar, float32.
+
+    log(p_t) is logsigmoid(+-z), and (1 - p_t)^gamma is exp(gamma * logsigmoid(-+z)): neither rounds to log(0), nor has
+    it an infinite slope, whatever z is. Half-precision logits are taken to float32 first.
+    """
+
+    def __init__(self, gamma=2.0, alpha=1.0, class_weights=None):
+        super().__init__()
+        self.gamma, self.alpha = gamma, alpha
+        weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights)
+
+    def forward(self, logits, truth):
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)                           # log p, log(1 - p)  (N, C)
+        loss = -truth * torch.exp(self.gamma * no) * yes - (1 - truth) * torch.exp(self.gamma * yes) * no
+        return self.alpha * (loss if self.class_weights is None else loss * self.class_weights).mean()
+
+
+def inverse_frequency_weights(counts):
+    """Class weights in [0.2, 1] from how many training images have each class: 1 / count, brought linearly to
+    [0.2, 1] (notebooks of the paper). The commonest class gets 0.2, the rarest 1; all 1 if they are equally common.
+    A class without an image gets 1 and has no part in the others' weights."""
+    inverse = [1 / count for count in counts if count]
+    low, high = min(inverse, default=0), max(inverse, default=0)
+    return [0.2 + 0.8 * (1 / count - low) / (high - low) if count and high > low else 1.0 for count in counts]
+
+
 def balanced_class_weights(nucleus_fraction):
     """(background, nucleus) weights of the cross-entropy: each class weighs what the other's share of the pixels is.
 
@@ -167,6 +205,54 @@ def image_iou(counts):
     """IoU of one image from its pixel counts (tp, fp, fn, tn); 1 for an empty field left empty."""
     tp, fp, fn, _ = counts
     return _ratio(tp, tp + fp + fn, 1.0)
+
+
+def classification_scores(predicted, truth, names):
+    """Scores in [0, 1] of multi-label predictions: predicted and truth (images, C), bool; names of the C classes.
+
+    micro pools the decisions of all classes (the published code's "F1" is recall_micro), macro is the mean over all
+    classes. 0 / 0 counts as 0, as in scikit-learn: a class without a single image (support 0) has F1 0 and lowers the
+    macro scores; f1_macro_present leaves such classes out. subset_accuracy: the share of images whose labels are all
+    right. per_class: {name: {precision, recall, f1, support}}.
+    """
+    predicted, truth = torch.as_tensor(predicted).bool(), torch.as_tensor(truth).bool()
+    tp = (predicted & truth).sum(0).tolist()                                            # (C,)
+    found, support = predicted.sum(0).tolist(), truth.sum(0).tolist()
+
+    def scores(tp, found, support):
+        return {"precision": _ratio(tp, found, 0.0), "recall": _ratio(tp, support, 0.0),
+                "f1": _ratio(2 * tp, found + support, 0.0)}
+
+    def mean(name, classes):
+        return sum(row[name] for row in classes) / max(1, len(classes))
+
+    micro = scores(sum(tp), sum(found), sum(support))
+    per_class = {name: {**scores(*row), "support": row[2]} for name, *row in zip(names, tp, found, support)}
+    rows = list(per_class.values())
+    return {"f1_micro": micro["f1"], "f1_macro": mean("f1", rows), "precision_micro": micro["precision"],
+            "recall_micro": micro["recall"], "precision_macro": mean("precision", rows),
+            "recall_macro": mean("recall", rows), "f1_macro_present": mean("f1", [r for r in rows if r["support"]]),
+            "subset_accuracy": _ratio((predicted == truth).all(1).sum().item(), len(truth), 0.0),
+            "images": len(truth), "per_class": per_class}
+
+
+def best_thresholds(probabilities, truth):
+    """The threshold of each class, in (0, 1), with the best F1 of that class: probabilities and truth (images, C).
+
+    Tried are the middles between neighbouring probabilities; of equally good ones the nearest to 0.5 is taken. A class
+    without a single image, or in all images, keeps 0.5. Choose them on images that neither trained the network nor
+    test it.
+    """
+    thresholds = []
+    for p, y in zip(probabilities.double().T, truth.bool().T):
+        values = p.unique()                                                             # sorted
+        tried = torch.cat([torch.tensor([0.5], dtype=torch.double), (values[1:] + values[:-1]) / 2])
+        found = p[None] > tried[:, None]                                                # (thresholds, images)
+        f1 = 2 * (found & y).sum(1) / (found.sum(1) + y.sum()).clamp(min=1)
+        best = tried[f1 >= f1.max() - 1e-12]
+        chosen = best[(best - 0.5).abs().argmin()].item()
+        thresholds.append(chosen if 0 < y.sum() < len(y) else 0.5)
+    return thresholds
 
 
 def _ratio(part, whole, otherwise):

@@ -1,4 +1,4 @@
-"""U-Net and U-Net++ decoders with scSE attention over timm encoders.
+"""U-Net and U-Net++ decoders with scSE attention over timm encoders, and timm's classifiers.
 
 U-Net: Ronneberger et al. 2015, arXiv 1505.04597. U-Net++: Zhou et al. 2018, arXiv 1807.10165.
 scSE: Roy et al. 2018, arXiv 1803.02579. Encoders: timm, `features_only`.
@@ -178,9 +178,7 @@ def default_decoder_channels(depth):
 # ------------------------------------------------------------------------------------------------------------ encoder
 def _create_encoder(name, in_channels, depth, weights):
     """timm's feature extractor for `name`, cut behind stage `depth`, and which weights it got."""
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("resnet*")[:3]
-        raise ModelError(f"encoder {name!r} is not a timm model; near it: {', '.join(near)}")
+    _check_name("encoder", name)
 
     def create(**pretrained):
         return timm.create_model(name, features_only=True, in_chans=in_channels, out_indices=tuple(range(depth)),
@@ -195,25 +193,41 @@ def _create_encoder(name, in_channels, depth, weights):
     if strides != [2 ** (i + 1) for i in range(depth)]:
         raise ModelError(f"encoder {name!r} gives maps at strides {', '.join(f'{s:.3g}' for s in strides)}; "
                          f"it must give 2, 4, 8, ..., as resnets and efficientnets do")
-    encoder.train()
-    used = "none"
-    if weights in ("auto", "imagenet"):
-        pretrained, reason = _pretrained(create, DOWNLOAD_SECONDS if weights == "auto" else None)
-        if pretrained is not None:
-            encoder, used = pretrained, "imagenet"
-        elif weights == "imagenet":
-            raise ModelError(f"ImageNet weights for {name!r} can't be had ({reason}); use --weights none or a file")
-        else:
-            print(f"WARNING: no ImageNet weights for {name} ({reason}); the encoder starts random", flush=True)
-    elif weights != "none":
-        encoder, used = _from_file(create, weights, encoder.state_dict().keys()), str(weights)
+    encoder, used = _with_weights(encoder.train(), create, name, weights)
     if hasattr(encoder, "_stage_out_idx"):  # timm's EfficientNetFeatures keeps, and runs, all stages: drop the unused
         encoder.blocks = encoder.blocks[:max(encoder._stage_out_idx)]
     return encoder, used
 
 
+def _check_name(what, name):
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("resnet*")[:3]
+        raise ModelError(f"{what} {name!r} is not a timm model; near it: {', '.join(near)}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
+        raise ModelError(f"{what} {name!r}: timm has no such weights; it has {tags}") from error
+
+
+def _with_weights(network, create, name, weights):
+    """(network, which weights it has): `network`, random as it is, or one that `create` makes with the weights asked
+    for ("none", "auto", "imagenet" or a file; see build_segmenter)."""
+    if weights == "none":
+        return network, "none"
+    if weights not in ("auto", "imagenet"):
+        return _from_file(create, weights, network.state_dict().keys()), str(weights)
+    pretrained, reason = _pretrained(create, DOWNLOAD_SECONDS if weights == "auto" else None)
+    if pretrained is not None:
+        return pretrained, "imagenet"
+    if weights == "imagenet":
+        raise ModelError(f"ImageNet weights for {name!r} can't be had ({reason}); use --weights none or a file")
+    print(f"WARNING: no ImageNet weights for {name} ({reason}); it starts random", flush=True)
+    return network, "none"
+
+
 def _pretrained(create, seconds):
-    """(encoder with ImageNet weights, "") or (None, why not). A download that takes longer goes on in the background,
+    """(network with ImageNet weights, "") or (None, why not). A download that takes longer goes on in the background,
     for the next run to find in the cache."""
     result = {}
 
@@ -221,14 +235,14 @@ def _pretrained(create, seconds):
         if not _hub_reachable():
             hub.HF_HUB_OFFLINE = True  # then the cache answers at once, without retries
         try:
-            result["encoder"] = create(pretrained=True)
+            result["network"] = create(pretrained=True)
         except Exception as error:  # the hub raises its own kinds for no network, no such file, no disk...
             result["reason"] = "no network, and none in the cache" if hub.HF_HUB_OFFLINE else _one_line(error)
 
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(seconds)
-    return result.get("encoder"), result.get("reason", f"not there within {seconds} s")
+    return result.get("network"), result.get("reason", f"not there within {seconds} s")
 
 
 def _hub_reachable():
@@ -243,20 +257,89 @@ def _hub_reachable():
 
 
 def _from_file(create, file, names):
-    """The encoder with the weights in `file`: a timm state dict (.pth, .pt: tensors only; or .safetensors)."""
+    """The network with the weights in `file`: a timm state dict (.pth, .pt: tensors only; or .safetensors)."""
     if not Path(file).is_file():
-        raise ModelError(f"--weights {file}: no such file; give auto, imagenet, none or a file of encoder weights")
+        raise ModelError(f"--weights {file}: no such file; give auto, imagenet, none or a file of timm weights")
     try:
         state = timm.models.load_state_dict(os.fspath(file), weights_only=True)
         if not any(name in state for name in names):
-            raise ValueError("none of its names is one of the encoder's")
+            raise ValueError("none of its names is one of the network's")
         return create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
     except Exception as error:  # unpickling, safetensors and shape errors have no common kind
-        raise ModelError(f"--weights {file}: not weights for this encoder ({_one_line(error)})") from error
+        raise ModelError(f"--weights {file}: not weights for this network ({_one_line(error)})") from error
 
 
 def _one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------------- classifier
+class Classifier(nn.Module):
+    """A timm classifier that normalises its input itself: image (N, 3, S, S), float in [0, 1] or uint8 in [0, 255]
+    -> logits (N, classes).
+
+    S is image_size; models without fixed positions also take other sizes. mean and std are those of the model's timm
+    config.
+    """
+
+    def __init__(self, network, image_size):
+        super().__init__()
+        config = network.pretrained_cfg
+        self.network, self.image_size = network, image_size
+        self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None])
+        self.register_buffer("std", torch.tensor(config["std"])[:, None, None])
+
+    def forward(self, image):
+        image = image / 255 if image.dtype == torch.uint8 else image
+        return self.network((image - self.mean) / self.std)
+
+
+def interpolation(model):
+    """How the pictures of a timm model are resized, from its config: "bicubic", "bilinear", ... Raises ModelError."""
+    _check_name("model", model)
+    return timm.get_pretrained_cfg(model).interpolation
+
+
+def build_classifier(model, classes, image_size=384, weights="none"):
+    """A classifier of RGB images (N, 3, image_size, image_size), float in [0, 1] or uint8 -> logits (N, classes).
+
+    model: any timm classifier's name. weights: as for build_segmenter; a file holds the network as timm saves it, its
+    head is replaced by a new one. `weights_used` of the result says what was used.
+    Raises ModelError with one clear line, also where the model cannot take images of this size.
+    """
+    _check_name("model", model)
+    if classes < 1:
+        raise ModelError(f"a classifier needs at least 1 class, got {classes}")
+    own_size = timm.get_pretrained_cfg(model).input_size[-1]
+    # transformers must know the size when they are built, CNNs do not want to be told
+    sized = {} if own_size == image_size else {"img_size": image_size}
+
+    def create(**pretrained):
+        try:
+            return timm.create_model(model, num_classes=classes, **sized, **pretrained)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            sized.clear()
+            return timm.create_model(model, num_classes=classes, **pretrained)
+
+    try:
+        network = create()
+        with torch.no_grad():
+            shape = tuple(network.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
+        if shape != (1, classes):
+            raise ValueError(f"its output has the shape {shape}")
+        patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
+        patch = patch if isinstance(patch, int) else patch[0]
+        if image_size % patch:
+            raise ValueError(f"they are no multiple of its patches of {patch}: the rest would be left out")
+    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"model {model!r} cannot classify images of {image_size} x {image_size} ({_one_line(error)}); "
+                         f"its own size is {own_size}") from error
+    network, used = _with_weights(network.train(), create, model, weights)
+    classifier = Classifier(network, image_size)
+    classifier.weights_used = used
+    return classifier
 
 
 # ------------------------------------------------------------------------------------------------------------ load_smp

@@ -4,6 +4,8 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+import data
+
 # contours in colours that colour-blind people tell apart (Okabe & Ito)
 TRUTH, PREDICTED, BOTH = (86, 180, 233), (230, 159, 0), (255, 255, 255)
 
@@ -38,6 +40,26 @@ def save_sheet(fields, masks, ious, file, side=320):
     save_grid(rows, file)
 
 
+def save_labels(records, probabilities, truth, classes, file, most=12, columns=4, width=240):
+    """Up to `most` pictures, evenly taken from the best to the worst classified (by likelihood), with true labels and
+    those found (above 0.5) with their probabilities. Frame: blue where all labels are right, orange where not."""
+    likelihood = np.where(truth, probabilities, 1 - probabilities).clip(1e-9).prod(1)
+    order = np.argsort(-likelihood, kind="stable")
+    cells = []
+    for i in order[np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)]:
+        picture = Image.fromarray(np.moveaxis(data.read_picture(records[i].image), 0, -1))
+        height = round(width * picture.height / picture.width)
+        colour = TRUTH if ((probabilities[i] > 0.5) == truth[i]).all() else PREDICTED
+        framed = Image.new("RGB", (width, height), colour)
+        framed.paste(picture.resize((width - 8, max(1, height - 8))), (4, 4))
+        ranked = sorted(zip(probabilities[i], classes), reverse=True)
+        found = ", ".join(f"{name} {p:.2f}" for p, name in ranked if p > 0.5)
+        found = found or "none ({1} {0:.2f})".format(*ranked[0])
+        wanted = ", ".join(name for name, is_true in zip(classes, truth[i]) if is_true) or "none"
+        cells.append((f"truth: {wanted}\nfound: {found}", np.asarray(framed)))
+    save_grid([cells[i:i + columns] for i in range(0, len(cells), columns)], file, strip=36)
+
+
 def as_picture(image):
     """Image (C, H, W) in [0, 1] -> uint8 (H, W, 3); one channel becomes grey, of many the first three are shown."""
     image = image.numpy()
@@ -57,16 +79,17 @@ def border(mask):
 
 def save_grid(rows, file, gap=6, strip=20):
     """A PNG of rows of (caption, uint8 (H, W, 3)), the caption in a strip above its picture."""
-    widths = [max(row[c][1].shape[1] for row in rows) + gap for c in range(len(rows[0]))]
+    widths = [max(row[c][1].shape[1] for row in rows if c < len(row)) + gap for c in range(len(rows[0]))]
     heights = [max(cell.shape[0] for _, cell in row) + strip + gap for row in rows]
     canvas = Image.new("RGB", (sum(widths) + gap, sum(heights) + gap), (24, 24, 24))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for r, row in enumerate(rows):
         for c, (caption, cell) in enumerate(row):
             x, y = gap + sum(widths[:c]), gap + sum(heights[:r])
-            while draw.textlength(caption, font) > widths[c] - gap:
-                caption = caption[:-4] + "..."
-            draw.text((x, y), caption, (230, 230, 230), font)
+            for number, line in enumerate(caption.split("\n")):
+                while draw.textlength(line, font) > widths[c] - gap:
+                    line = line[:-4] + "..."
+                draw.text((x, y + 16 * number), line, (230, 230, 230), font)
             canvas.paste(Image.fromarray(cell), (x, y + strip))
     temporary = file.with_suffix(".tmp")
     canvas.save(temporary, "PNG")

@@ -1,5 +1,6 @@
 """What train.py and test.py share about a run: its device and precision, its folder and checkpoints, the prediction of
-whole fields by tiles."""
+whole fields by tiles and of pictures' labels."""
+import csv
 import ctypes
 import json
 import math
@@ -18,7 +19,7 @@ RUNS = Path("runs")
 # Fields are predicted by larger tiles than they are trained by, most of them whole: at a tile's border the network sees
 # less. Three networks trained by 256 on DSB2018 all did better so, on validation, than predicted by 256 too.
 PREDICTION_TILE = 1024
-SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic-v1"  # the number rises when data.py makes other pictures
+SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic-v2"  # the number rises when data.py makes other pictures
 
 
 class RunError(ValueError):
@@ -92,28 +93,34 @@ def synthetic_folder():
     return SYNTHETIC
 
 
-def new_run(out, name):
+def new_run(out, name, fold=None):
     """The folder of a run to start: `out`, or runs/NAME, runs/NAME-2, ..., the first that is free. It is not made yet.
 
-    Raises RunError for one that has a run already.
+    With `fold` one fold is to be trained alone: its run may be there, with other folds, but not this one.
+    Raises RunError for a folder that has the run, or this fold of it, already.
     """
+    def taken(folder):
+        return (folder / f"fold{fold}").exists() if fold is not None else folder.exists()
+
     if out is None:
         out, number = RUNS / name, 2
-        while out.exists():
+        while taken(out):
             out, number = RUNS / f"{name}-{number}", number + 1
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out}: is a file; give a folder")
-    if (out / "config.json").is_file():
+    if fold is None and (out / "config.json").is_file():
         raise RunError(f"--out {out}: holds a run already; give another folder, or --resume to go on with it")
+    if fold is not None and taken(out):
+        raise RunError(f"--out {out}: holds fold {fold} already; give another folder, or --resume to go on with it")
     return out
 
 
 def newest_run(file):
-    """The run below runs/ whose `file` was last written."""
-    found = sorted(RUNS.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    """The run below runs/ whose `file`, its own or one of its folds', was last written."""
+    found = sorted([*RUNS.glob(f"*/{file}"), *RUNS.glob(f"*/fold*/{file}")], key=lambda path: path.stat().st_mtime)
     if not found:
         raise RunError(f"there is no run with a {file} in {RUNS}/; train one (python train.py) or name a run's folder")
-    return found[-1].parent
+    return RUNS / found[-1].relative_to(RUNS).parts[0]
 
 
 def read_config(run):
@@ -124,7 +131,7 @@ def read_config(run):
         raise RunError(f"{run}: has no config.json; is it the folder of a run?") from error
     except ValueError as error:
         raise RunError(f"{run / 'config.json'}: is not JSON") from error
-    if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in ("data", "channel")):
+    if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in ("data", "task")):
         raise RunError(f"{run / 'config.json'}: is not what train.py writes")
     return config
 
@@ -154,17 +161,25 @@ def load_checkpoint(file, *keys):
     return values
 
 
-def load_run(run):
-    """config (dict) and the trained network, on the CPU, in eval mode. Raises RunError."""
-    run = Path(run)
-    checkpoint = load_checkpoint(run / "best.pt", "setting", "model")
-    config = read_config(run)
-    model = models.build_segmenter(**checkpoint["setting"])
+def load_best(folder, build, compute):
+    """The network that the best.pt of a run or a fold holds, made by `build`, in eval mode on the device, and the
+    checkpoint's other values. Raises RunError."""
+    checkpoint = load_checkpoint(folder / "best.pt", "setting", "model")
     try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise RunError(f"{run / 'best.pt'}: its tensors do not fit its setting") from error
-    return config, model.eval()
+        model = build(**checkpoint["setting"])
+        model.load_state_dict(checkpoint.pop("model"))
+    except (RuntimeError, TypeError) as error:
+        raise RunError(f"{folder / 'best.pt'}: its tensors do not fit its setting") from error
+    return model.to(compute.device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+def fold_folders(run):
+    """{number: folder} of the folds in a run's folder that have a best.pt. Raises RunError if there is none."""
+    folders = {int(path.parent.name[4:]): path.parent for path in run.glob("fold*/best.pt")
+               if path.parent.name[4:].isdigit()}
+    if not folders:
+        raise RunError(f"{run}: holds no fold with a best.pt; is it the folder of a classification run?")
+    return dict(sorted(folders.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------- prediction
@@ -221,3 +236,49 @@ def evaluate(model, fields, compute, class_weights=None, progress=iter, predict=
         counts.append(dedl.confusion(predicted, truth).cpu())
         masks.append(predicted.cpu())
     return torch.stack(counts), loss / weight, masks
+
+
+# ------------------------------------------------------------------------------------------- labels of pictures
+@torch.inference_mode()
+def classify(model, pictures, compute, indices=None, flips=False, batch=32, progress=iter):
+    """Logits (pictures, classes), float32 on the CPU, of pictures uint8 (3, S, S) by index. flips: the mean over the
+    picture as it is and mirrored along each side and both (test-time augmentation): four times the work."""
+    model.eval()
+    indices = range(len(pictures)) if indices is None else indices
+    logits = []
+    for start in progress(range(0, len(indices), batch)):
+        images = compute.batch(torch.stack([pictures[i] for i in indices[start:start + batch]]))     # (N, 3, S, S)
+        with compute.autocast():
+            ways = [model(images.flip(axes) if axes else images).float()
+                    for axes in ([(), (2,), (3,), (2, 3)] if flips else [()])]
+        logits.append(torch.stack(ways).mean(0).cpu())
+    return torch.cat(logits)                                                                            # (N, classes)
+
+
+def save_probabilities(file, records, classes, probabilities, with_labels=False):
+    """A CSV of image, with_labels the true labels joined by ';', and a column of probabilities a class."""
+    temporary = file.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["image", *(["labels"] if with_labels else []), *classes])
+        for record, row in zip(records, probabilities.tolist()):
+            writer.writerow([record.name, *([";".join(record.labels)] if with_labels else []),
+                             *(f"{p:.6f}" for p in row)])
+    os.replace(temporary, file)
+
+
+def load_probabilities(file, classes):
+    """What save_probabilities wrote with labels: images, probabilities (N, classes), truth (N, classes) bool. Raises
+    RunError."""
+    try:
+        with open(file, newline="") as handle:
+            header, *rows = csv.reader(handle)
+        if header != ["image", "labels", *classes]:
+            raise ValueError
+        if not rows or any(len(row) != len(header) for row in rows):
+            raise ValueError
+        probabilities = torch.tensor([[float(p) for p in row[2:]] for row in rows])
+    except ValueError as error:
+        raise RunError(f"{file}: is not what train.py writes for the classes {', '.join(classes)}") from error
+    truth = torch.tensor([[name in row[1].split(";") for name in classes] for row in rows])
+    return [row[0] for row in rows], probabilities, truth

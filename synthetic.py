@@ -14,8 +14,10 @@ STAINS = {"CXCR3": (80, 0, 135), "CD19": (255, 0, 60), "CXCR5": (160, 0, 0), "DA
 PHENOTYPES = {"b": ("CD19",), "tfh": ("CD4", "CXCR5", "PD1", "CXCR3"), "tfh217": ("CD4", "CXCR5", "PD1"),
               "tfhl": ("CD4", "PD1"), "other": ("CD4", "CD27")}
 SIZE = (256, 320)
+BRIGHT = 28                 # the intensity that the thumbnail shows at full colour; brighter pixels lose their hue
 PATIENTS = {"train": range(1, 9), "validation": range(9, 11), "test": range(11, 13)}
-FIELDS_PER_PATIENT = 8
+FIELDS_PER_PATIENT = 8      # component files with masks, to segment and to classify
+PICTURES_PER_PATIENT = 16   # further fields of which the thumbnail alone is kept, to classify
 
 
 def draw_field(patient_rng, rng):
@@ -24,7 +26,7 @@ def draw_field(patient_rng, rng):
     patient_rng draws what a patient's fields share: how strong each stain is, how large the nuclei are, how crowded.
     """
     height, width = SIZE
-    strength = dict(zip(STAINS, patient_rng.lognormal(0, 0.25, len(STAINS))))
+    strength = dict(zip(STAINS, patient_rng.lognormal(0, 0.15, len(STAINS))))
     mean_radius, crowd = patient_rng.uniform(7.5, 10), int(patient_rng.integers(70, 120))
     stains = {name: np.zeros((height, width), np.float32) for name in STAINS}
     labels = np.zeros((height, width), np.uint16)
@@ -116,20 +118,27 @@ def _enlarge(grid):
     return grid
 
 
+def thumbnail(stains):
+    """The picture that inForm shows of a field, uint8 (H, W, 3): the stains in their colours at a quarter of the size.
+    """
+    colours = 0
+    for name, stain in stains.items():
+        small = stain.reshape(stain.shape[0] // 4, 4, stain.shape[1] // 4, 4).mean((1, 3))
+        colours = colours + small[..., None] / BRIGHT * np.array(STAINS[name], np.float32)
+    return colours.clip(0, 255).astype(np.uint8)
+
+
 def write_inform(path, slide, stains):
     def description(kind, extra=""):
         return (f'<?xml version="1.0" encoding="utf-16"?>\n<PerkinElmer-QPI-ImageDescription>\n'
                 f"  <ImageType>{kind}</ImageType>\n  <SlideID>{slide}</SlideID>\n{extra}"
                 f"</PerkinElmer-QPI-ImageDescription>")
 
-    thumbnail = 0
     with tifffile.TiffWriter(path) as tiff:
         for name, stain in stains.items():
             colour = ",".join(map(str, STAINS[name]))
             extra = f"  <Name>{name}</Name>\n  <Color>{colour}</Color>\n"
             tiff.write(stain, photometric="minisblack", compression="zlib", compressionargs={"level": 1}, metadata=None,
                        description=description("FullResolution", extra))
-            small = stain.reshape(stain.shape[0] // 4, 4, stain.shape[1] // 4, 4).mean((1, 3))
-            thumbnail = thumbnail + small[..., None] / 20 * np.array(STAINS[name], np.float32)
-        tiff.write(thumbnail.clip(0, 255).astype(np.uint8), photometric="rgb", compression="zlib", metadata=None,
+        tiff.write(thumbnail(stains), photometric="rgb", compression="zlib", metadata=None,
                    description=description("Thumbnail"))

@@ -1,12 +1,15 @@
-"""Measures trained runs on images they have not seen.
+"""Measures trained runs on images they have not seen, or predicts new ones.
 
     python test.py                             the newest run, on the test split of its data folder
     python test.py RUN [RUN ...]               these runs
-    python test.py RUN --save-masks DIR        the predicted masks too, one PNG an image
-    python test.py RUN --tta                   the mean prediction over eight flips and turns
+    python test.py RUN --tta                   the mean prediction over flips (and, to segment, turns)
+    python test.py RUN --save-masks DIR        segmentation: the predicted masks too, one PNG an image
+    python test.py RUN --images PATH ...       classification: pictures without truth, into RUN/predictions.csv
 
-Each run's folder gets test.json (the printed numbers) and test.png (its best, median and worst image with contours).
-Whole images are measured: predicted by tiles, put together, every pixel counted once.
+Each run's folder gets test.json (the printed numbers) and test.png: of a segmentation the best, median and worst image
+with contours, of a classification images with their true labels and those found. Whole images are measured: predicted
+by tiles, put together, every pixel counted once. A cross-validation is measured fold by fold and as the ensemble of its
+folds, their mean probability.
 """
 from functools import partial
 from pathlib import Path
@@ -17,6 +20,7 @@ from tqdm import tqdm
 
 import data
 import dedl
+import models
 import pictures
 import runs
 
@@ -26,13 +30,21 @@ def main(argv=None):
     folders = args.runs or [runs.newest_run("best.pt")]
     if args.save_masks and len(folders) > 1:
         raise runs.RunError("--save-masks: takes one run, else their masks would overwrite each other")
+    if args.images and (args.data or args.save_masks):
+        raise runs.RunError("--images: takes pictures in place of a data folder; leave --data and --save-masks out")
     compute = runs.choose_compute(args.device, args.amp)
     for run in folders:
-        scores = test_segmentation(run, compute, args)
-        print(f"{run} on the {args.split} split of {scores['data']}{', with --tta' if args.tta else ''}")
-        for name, value in scores.items():
-            if name not in ("data", "split", "tta"):
-                print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
+        config = runs.read_config(run)
+        if config["task"] == "seg" and args.images:
+            raise runs.RunError(f"--images: {run} is a segmentation; only classifications can do that so far")
+        if config["task"] == "cls" and args.save_masks:
+            raise runs.RunError(f"--save-masks: {run} is a classification; it has no masks")
+        if args.images:
+            predict_labels(run, config, compute, args)
+        elif config["task"] == "seg":
+            test_segmentation(run, config, compute, args)
+        else:
+            test_classification(run, config, compute, args)
 
 
 def parse_args(argv):
@@ -42,22 +54,35 @@ def parse_args(argv):
     add("--data", type=Path, help="data folder [the run's own]")
     add("--split", choices=data.SPLITS, default="test", help="[test]")
     add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255")
-    add("--tta", action="store_true", help="average the eight flips and turns of each image: eight times slower")
+    add("--images", nargs="+", metavar="PATH", help="predict these pictures, or those in these folders")
+    add("--tta", action="store_true", help="average over flips and turns of each image: eight times slower to segment, "
+        "four times to classify (flips alone)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision [auto]")
     return parser.parse_args(argv)
 
 
-def test_segmentation(run, compute, args):
-    """Predicts a split with a run's best network and writes what it finds. Returns the scores."""
-    # 1. the network and the images
-    config, model = runs.load_run(run)
-    model = model.to(compute.device, memory_format=torch.channels_last)
+def find_split(config, args):
+    """The data folder and its records of the split that is asked for. Raises RunError where there are none."""
     folder = args.data or Path(config["data"])
-    records, _ = data.find_records(folder, config["seed"])
+    records, _ = data.find_records(folder, config["seed"], task=config["task"],
+                                   needs_validation=config.get("folds", 1) == 1)
     records = [record for record in records if record.split == args.split]
     if not records:
         raise runs.RunError(f"{folder}: has no images of split {args.split}; choose another --split")
+    return folder, records
+
+
+def title(run, folder, args):
+    return f"{run} on the {args.split} split of {folder}{', with --tta' if args.tta else ''}"
+
+
+# --------------------------------------------------------------------------------------------------------- segmentation
+def test_segmentation(run, config, compute, args):
+    """Predicts a split with a run's best network; prints and writes what it finds."""
+    # 1. the network and the images
+    model, _ = runs.load_best(run, models.build_segmenter, compute)
+    folder, records = find_split(config, args)
     files = mask_files(records, args.save_masks) if args.save_masks else []
     fields = data.read_fields(records, data.channel_names(config["channel"]), f"{args.split} images")
     channels = config["setting"]["in_channels"]
@@ -68,15 +93,16 @@ def test_segmentation(run, compute, args):
     bar = partial(tqdm, desc=f"predicting {args.split}", unit="image", leave=False, disable=None)
     counts, loss, masks = runs.evaluate(model, fields, compute, progress=bar,
                                         predict=runs.predict_eight_ways if args.tta else runs.predict)
-    scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss, "tta": args.tta, "split": args.split,
-              "data": str(folder)}
+    scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss}
 
     # 3. numbers, picture, masks
-    runs.save_json(scores, run / f"{args.split}.json")
+    runs.save_json({**scores, "tta": args.tta, "split": args.split, "data": str(folder)}, run / f"{args.split}.json")
     pictures.save_sheet(fields, masks, [dedl.image_iou(c) for c in counts], run / f"{args.split}.png")
     for file, mask in zip(files, masks):
         Image.fromarray(mask.numpy().astype("uint8") * 255).save(file)
-    return scores
+    print(title(run, folder, args))
+    for name, value in scores.items():
+        print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
 
 
 def mask_files(records, folder):
@@ -90,6 +116,103 @@ def mask_files(records, folder):
             raise runs.RunError(f"--save-masks {folder}: would overwrite {file.name} of the data; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     return files
+
+
+# ------------------------------------------------------------------------------------------------------- classification
+COLUMNS = {"f1_micro": "micro F1", "precision_micro": "precision", "recall_micro": "recall", "f1_macro": "macro F1",
+           "precision_macro": "precision", "recall_macro": "recall", "f1_macro_present": "F1 present",
+           "subset_accuracy": "all right"}  # of the printed table
+
+
+def test_classification(run, config, compute, args):
+    """Measures each fold and their ensemble on a split; prints and writes what it finds."""
+    # 1. probabilities of the folds and of their ensemble
+    folder, records = find_split(config, args)
+    classes = config["classes"]
+    labelled = data.read_labelled(records, classes, config["image_size"], models.interpolation(config["model"]),
+                                  f"{args.split} images")
+    bar = partial(tqdm, desc="predicting", unit="batch", leave=False, disable=None)
+    of_fold = {fold: runs.classify(model, labelled.pictures, compute, flips=args.tta, progress=bar).sigmoid()
+               for fold, model in load_folds(run, config, compute).items()}                        # (N, classes) each
+    ensemble = torch.stack(list(of_fold.values())).mean(0)
+
+    # 2. scores at 0.5, and beside them at the thresholds that the validation parts of all folds together choose
+    thresholds = validation_thresholds(run, classes)
+    folds = {f"fold{number}": dedl.classification_scores(p > 0.5, labelled.truth, classes)
+             for number, p in of_fold.items()}
+    at_half = dedl.classification_scores(ensemble > 0.5, labelled.truth, classes)
+    tuned = dedl.classification_scores(ensemble > torch.tensor(thresholds), labelled.truth, classes)
+    table = torch.tensor([[scores[name] for name in COLUMNS] for scores in folds.values()], dtype=torch.float64)
+    mean = dict(zip(COLUMNS, table.mean(0).tolist()))
+    deviation = dict(zip(COLUMNS, table.std(0).tolist())) if len(folds) > 1 else None  # one fold alone has none
+
+    # 3. files: the ensemble's scores stand at the top level, as a segmentation's do
+    runs.save_json({**at_half, "ensemble": at_half, "folds": folds, "mean": mean, "std": deviation,
+                    "thresholds": dict(zip(classes, thresholds)), "ensemble_at_thresholds": tuned,
+                    "tta": args.tta, "split": args.split, "data": str(folder)}, run / f"{args.split}.json")
+    runs.save_probabilities(run / f"{args.split}.csv", records, classes, ensemble, with_labels=True)
+    pictures.save_labels(records, ensemble.numpy(), labelled.truth.numpy(), classes, run / f"{args.split}.png")
+
+    # 4. the same numbers in print
+    print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds")
+    rows = {**folds, "mean": mean, **({"std": deviation} if deviation else {}), "ensemble": at_half,
+            "at thresholds": tuned}
+    print(f"{'':22}" + "".join(f"{name:>11}" for name in COLUMNS.values()))
+    for name, scores in rows.items():
+        print(f"  {name:20}" + "".join(f"{scores[column]:11.4f}" for column in COLUMNS))
+    print("  ensemble, by class         F1  precision     recall    support  threshold   F1 there")
+    for name, threshold in zip(classes, thresholds):
+        row = at_half["per_class"][name]
+        print(f"    {name:18.18}{row['f1']:11.4f}{row['precision']:11.4f}{row['recall']:11.4f}{row['support']:11d}"
+              f"{threshold:11.3f}{tuned['per_class'][name]['f1']:11.4f}")
+
+
+def load_folds(run, config, compute):
+    """{fold: its best network} of the folds in a run's folder. Raises RunError, also where one is of another run."""
+    found = {}
+    for fold, folder in runs.fold_folders(run).items():
+        found[fold], best = runs.load_best(folder, models.build_classifier, compute)
+        for name in ("setting", "classes", "weights_used"):
+            if best.get(name) != config[name]:
+                raise runs.RunError(f"{folder / 'best.pt'}: is of another run than {run / 'config.json'}: {name} "
+                                    f"{best.get(name)}, not {config[name]}")
+    return found
+
+
+def validation_thresholds(run, classes):
+    """A threshold a class, chosen on the validation parts of all folds put together. Raises RunError where an image is
+    in two of them: then the folds are not of one cross-validation."""
+    parts = [runs.load_probabilities(folder / "validation.csv", classes) for folder in runs.fold_folders(run).values()]
+    images = [image for part, _, _ in parts for image in part]
+    if len(set(images)) < len(images):
+        twice = next(image for image in images if images.count(image) > 1)
+        raise runs.RunError(f"{run}: {twice} is in the validation part of two folds; they are not of one run")
+    return dedl.best_thresholds(*(torch.cat([part[i] for part in parts]) for i in (1, 2)))
+
+
+def predict_labels(run, config, compute, args):
+    """Writes the ensemble's probabilities for pictures without truth to RUN/predictions.csv. Pictures that cannot be
+    read are left out and named at the end; then RunError is raised."""
+    records = [data.Record(path, "test", name=str(path)) for path in data.find_images(args.images)]
+    found = data.PicturesOnDisk(records, config["image_size"], models.interpolation(config["model"]))
+    folds = load_folds(run, config, compute)
+    readable, probabilities, unreadable = [], [], []
+    for i, record in enumerate(tqdm(records, "predicting", unit="image", leave=False, disable=None)):
+        try:
+            picture = found[i][None]                                                                     # (1, 3, S, S)
+        except data.DataError as error:
+            unreadable.append(str(error))
+            continue
+        readable.append(record)
+        probabilities.append(sum(runs.classify(model, picture, compute, flips=args.tta).sigmoid()
+                                 for model in folds.values()) / len(folds))
+    if readable:
+        runs.save_probabilities(run / "predictions.csv", readable, config["classes"], torch.cat(probabilities))
+        print(f"{run / 'predictions.csv'}: {len(readable)} images, mean probabilities of {len(folds)} folds")
+    if unreadable:
+        print(*unreadable, sep="\n")
+        raise runs.RunError(f"--images: {len(unreadable)} of {len(records)} cannot be read; "
+                            f"{unreadable[0]}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,20 @@ SHARED = ROOT.parent / "shared" / "data"
 torch.set_num_threads(2)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests of large models too (14 GB of memory)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long or much memory; run with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; run it with --slow"))
+
+
 def needs(*parts):
     """A mark: the test is skipped, visibly, where this part of the real data is not there."""
     path = SHARED.joinpath(*parts)
@@ -43,6 +57,35 @@ def write_folder(folder, splits=("train",) * 4 + ("validation",) * 2 + ("test",)
     return folder
 
 
+COLOURS = {"red": 0, "green": 1, "blue": 2}
+
+
+def write_pictures(folder, count=18, tests=6, patients=0, seed=0):
+    """A data folder of small RGB pictures, no two of one size, with one to three discs each in the colours that are its
+    labels."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(exist_ok=True)
+    rows = ["image,labels,split" + (",patient" if patients else "")]
+    for i in range(count + tests):
+        height, width = 40 + i, 60 - i
+        picture = rng.integers(0, 50, (height, width, 3)).astype(np.uint8)
+        y, x = np.mgrid[:height, :width]
+        labels = [name for bit, name in enumerate(COLOURS) if (i % 7 + 1) >> bit & 1]
+        for name in labels:
+            disc = np.hypot(y - rng.integers(8, height - 8), x - rng.integers(8, width - 8)) < 9
+            picture[disc, COLOURS[name]] = 230
+        Image.fromarray(picture).save(folder / f"picture{i}.png")
+        split = "train" if i < count else "test"
+        rows.append(f"picture{i}.png,{';'.join(labels)},{split}" + (f",P{i % patients}" if patients else ""))
+    (folder / "classification.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def coloured(tmp_path):
+    return write_pictures(tmp_path / "coloured")
+
+
 @pytest.fixture
 def tiny(tmp_path):
     return write_folder(tmp_path / "tiny")
@@ -68,6 +111,20 @@ def script(capfd, tmp_path, monkeypatch):
 
 TRAIN = ("--task", "seg", "--recipe", "short", "--tile", "32", "--epochs", "1", "--depth", "2", "--weights", "none",
          "--device", "cpu")
+
+
+CLASSIFY = ("--task", "cls", "--recipe", "short", "--model", "test_resnet", "--image-size", "32", "--epochs", "2",
+            "--folds", "3", "--weights", "none", "--device", "cpu")  # timm has test_resnet for tests: 0.4 M weights
+
+
+@pytest.fixture(scope="session")
+def cross_validated(tmp_path_factory):
+    """(run, data folder) of a finished tiny cross-validation of three folds; not to be changed by tests."""
+    import train
+    folder = write_pictures(tmp_path_factory.mktemp("cross_validated") / "coloured")
+    run = folder.parent / "run"
+    train.main(["--data", str(folder), "--out", str(run), *CLASSIFY])
+    return run, folder
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import SHARED, needs, write_folder
+from conftest import SHARED, needs, write_folder, write_pictures
 from PIL import Image
 
 import data
@@ -298,6 +298,7 @@ def test_crops_do_not_depend_on_workers_and_change_with_the_epoch(tiny):
 # -------------------------------------------------------------------------------------- synthetic set, import and check
 def test_the_synthetic_set(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "FIELDS_PER_PATIENT", 1)
+    monkeypatch.setattr(synthetic, "PICTURES_PER_PATIENT", 1)
     digests = []
     for name in ("a", "b"):
         data.write_synthetic(tmp_path / name)
@@ -313,9 +314,10 @@ def test_the_synthetic_set(tmp_path, monkeypatch):
         assert data._stain_pages(tiff)[0][1] != "DAPI"
     image, mask = data.read_image(first)[0][0], data.read_mask(f"{first}Mask.tif")
     assert 0.1 < mask.mean() < 0.5 and image[mask].mean() > 3 * image[~mask].mean()
-    with open(tmp_path / "a" / "classification.csv") as file:
-        rows = file.read().splitlines()[1:]
-    assert len(rows) == 12
+    pictures, _ = data.find_records(tmp_path / "a", task="cls")
+    assert len(pictures) == 24 and len({record.patient for record in pictures}) == 12
+    assert {data.read_picture(record.image).shape for record in pictures} == {(3, 64, 80)}
+    assert set(data.class_names(pictures)) <= set(synthetic.PHENOTYPES)
     with pytest.raises(data.DataError, match="is there already"):
         data.write_synthetic(tmp_path / "a")
 
@@ -355,5 +357,215 @@ def test_check_names_each_problem(tiny, script):
     status, out, err = script(data, "check", tiny)
     assert status == 2 and err == f"error: {tiny}: 5 problems, listed above\n"
     for said in ("line 12: image 'nowhere.png' is not there",
-                 "labels0.png: the mask is empty", "10x10", "field2.png: cannot be read", "in two splits"):
+                 "labels0.png: the mask is empty", "10x10", "field2.png: cannot be read",
+                 "line 11: image 'field8.png' is in line 10 already, of split test"):
         assert said in out
+
+
+# ------------------------------------------------------------------------------------------------------ classification
+def test_the_picture_of_a_component_file_is_its_thumbnail(tmp_path):
+    path = inform_file(tmp_path / "a_component_data.tif")
+    assert data.read_picture(path).shape == (3, 6, 8)
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((4, 9, 9), np.float32), photometric="minisblack")
+    with pytest.raises(data.DataError, match="4 pages and no RGB thumbnail"):
+        data.read_picture(tmp_path / "stack.tif")
+
+
+@needs("inform")
+def test_the_real_thumbnail():
+    assert data.read_picture(REAL).shape == (3, 65, 87)
+
+
+def test_pictures_of_other_depths_become_bytes(tmp_path):
+    deep = np.linspace(0, 4000, 12 * 9 * 3).astype(np.uint16).reshape(12, 9, 3)
+    tifffile.imwrite(tmp_path / "deep.tif", deep, photometric="rgb")
+    picture = data.read_picture(tmp_path / "deep.tif")
+    assert picture.dtype == np.uint8 and picture.shape == (3, 12, 9) and picture.min() == 0 and picture.max() == 255
+    Image.fromarray(np.full((5, 7), 80, np.uint8)).save(tmp_path / "grey.png")
+    assert (data.read_picture(tmp_path / "grey.png") == 80).all()  # 8 bits stay as they are
+    assert data.read_picture(tmp_path / "grey.png").shape == (3, 5, 7)
+    tifffile.imwrite(tmp_path / "nan.tif", np.full((5, 7), np.nan, np.float32))
+    with pytest.raises(data.DataError, match="NaN"):
+        data.read_picture(tmp_path / "nan.tif")
+
+
+def test_labels_are_read_and_trimmed(coloured):
+    lines = (coloured / "classification.csv").read_text().splitlines()
+    lines[1:3] = ["picture0.png, red ; blue;red;,train", "picture1.png,,train"]
+    (coloured / "classification.csv").write_text("\n".join(lines))
+    records, _ = data.find_records(coloured, task="cls", needs_validation=False)
+    assert records[0].labels == ("red", "blue") and records[1].labels == ()
+    assert data.class_names(records) == ["blue", "green", "red"]
+    labelled = data.read_labelled(records[:2], ["blue", "green", "red"], 16)
+    assert labelled.truth.tolist() == [[True, False, True], [False, False, False]]
+    with pytest.raises(data.DataError, match="its label 'red' is none of the run's, blue"):
+        data.read_labelled(records, ["blue"], 16)
+
+
+def test_pictures_that_do_not_fit_in_memory_are_read_each_time(coloured, monkeypatch):
+    records, _ = data.find_records(coloured, task="cls")
+    kept = data.read_labelled(records, data.class_names(records), 24).pictures
+    monkeypatch.setattr(data, "PICTURE_MEMORY", 1000)
+    on_disk = data.read_labelled(records, data.class_names(records), 24).pictures
+    assert kept.shape == (24, 3, 24, 24) and kept.dtype == torch.uint8 and not isinstance(on_disk, torch.Tensor)
+    assert len(on_disk) == 24 and all(torch.equal(a, b) for a, b in zip(kept, on_disk))
+
+
+def test_augmentation_does_not_depend_on_workers_or_on_other_draws(coloured):
+    records, _ = data.find_records(coloured, task="cls")
+    labelled = data.read_labelled(records, data.class_names(records), 24)
+
+    def draw(workers, epoch, chosen=(5, 2, 9)):
+        pictures = data.AugmentedPictures(labelled, chosen, seed=3)
+        pictures.epoch = epoch
+        torch.rand(workers + epoch)  # other users of the generator
+        return next(iter(torch.utils.data.DataLoader(pictures, len(chosen), num_workers=workers)))
+
+    (a, truth), (b, _) = draw(0, 1), draw(2, 1)
+    assert torch.equal(a, b) and a.dtype == torch.uint8 and not torch.equal(a, draw(0, 2)[0])
+    assert torch.equal(truth, labelled.truth[[5, 2, 9]].float())
+    assert torch.equal(draw(0, 1, (9, 5))[0], a[[2, 0]])             # a picture's draw is its own
+    state = torch.get_rng_state()
+    draw(0, 0)
+    torch.manual_seed(1)
+    before = torch.rand(3)
+    torch.manual_seed(1)
+    data.AugmentedPictures(labelled, (0,), 1)[0]
+    assert torch.equal(torch.rand(3), before)                        # it leaves torch's generator alone
+    torch.set_rng_state(state)
+
+
+def records_of(labels, patients=None):
+    return [data.Record(f"{i}.png", "train", patients[i] if patients else "", labels=tuple(names))
+            for i, names in enumerate(labels)]
+
+
+def test_folds_are_alike():
+    rng = np.random.default_rng(0)
+    labels = [["common"] if rng.random() < 0.6 else ["other", "common"] if rng.random() < 0.3 else ["other"]
+              for _ in range(114)] + [["rare"]] * 6
+    folds = data.make_folds(records_of(labels), 6, seed=1)
+    assert sorted(i for fold in folds for i in fold) == list(range(120))
+    for name in ("common", "other", "rare"):
+        counts = [sum(name in labels[i] for i in fold) for fold in folds]
+        assert max(counts) - min(counts) <= 1, (name, counts)
+    sets = [sum(labels[i] == ["other", "common"] for i in fold) for fold in folds]
+    assert max(sets) - min(sets) <= 1 and max(map(len, folds)) - min(map(len, folds)) <= 2
+    assert folds == data.make_folds(records_of(labels), 6, seed=1) != data.make_folds(records_of(labels), 6, seed=2)
+
+
+def test_folds_do_not_split_patients():
+    rng = np.random.default_rng(0)
+    patients = [f"P{rng.integers(9)}" for _ in range(80)]
+    labels = [["a"] if rng.random() < 0.5 else ["b"] for _ in range(80)]
+    folds = data.make_folds(records_of(labels, patients), 4)
+    of_fold = [{patients[i] for i in fold} for fold in folds]
+    assert sum(map(len, of_fold)) == len(set.union(*of_fold)) == 9 and max(map(len, folds)) <= 30
+    with pytest.raises(data.DataError, match="--folds 10: the training rows are of 9 patients, which are never split"):
+        data.make_folds(records_of(labels, patients), 10)
+    with pytest.raises(data.DataError, match="--folds 6: the training rows are of 4 images"):
+        data.make_folds(records_of(labels[:4]), 6)
+
+
+@needs("bccd")
+def test_folds_of_real_data():
+    records, _ = data.find_records(SHARED / "bccd", task="cls", needs_validation=False)
+    train = [record for record in records if record.split == "train"]
+    for name in data.class_names(records):
+        counts = [sum(name in train[i].labels for i in fold) for fold in data.make_folds(train, 6)]
+        assert max(counts) - min(counts) <= 1, (name, counts)
+
+
+def test_the_published_csv(tmp_path, script):
+    slides = tmp_path / "slides" / "deep"
+    slides.mkdir(parents=True)
+    rows = ["file,label"]
+    for i, labels in enumerate(["[0, 3]", "[4]", "[]", "[1,2]", "[3]"]):
+        inform_file(slides / f"121919_Myo{i}_[1,{i}]_component_data.tif")
+        rows.append(f'"/somewhere/else/121919_Myo{i}_[1,{i}]_component_data.tif","{labels}"')
+    (tmp_path / "slides" / "labels.csv").write_text("\n".join(rows))
+    status, out, err = script(data, "dedl-csv", tmp_path / "slides" / "labels.csv", tmp_path / "out")
+    assert status == 0 and "5 images" in out and "1 of 5 training images" in out, err
+    records, _ = data.find_records(tmp_path / "out", task="cls", needs_validation=False)
+    assert [r.labels for r in records] == [("b", "tfhl"), ("other",), (), ("tfh", "tfh217"), ("tfhl",)]
+    assert [r.patient for r in records] == [f"121919_Myo{i}" for i in range(5)]
+    assert sorted(r.split for r in records) == ["test"] + ["train"] * 4
+    assert data.read_picture(records[0].image).shape == (3, 6, 8) and records[0].image.suffix == ".png"
+    assert script(data, "dedl-csv", tmp_path / "slides" / "labels.csv", tmp_path / "slides")[0] == 0  # where they are
+    inside, _ = data.find_records(tmp_path / "slides", task="cls")
+    assert inside[0].image == slides / "121919_Myo0_[1,0]_component_data.tif" and not (slides / "images").exists()
+    assert script(data, "check", tmp_path / "out")[0] == 2  # "tfh" may have no training image; said, not hidden
+
+
+def test_the_published_lists_name_files_without_extension(tmp_path, script):
+    """train_list.csv and test_list.csv, as the paper's notebooks read them."""
+    for i in range(4):
+        Image.new("RGB", (9, 9), (0, 0, 60 * i)).save(tmp_path / f"121919_Myo{i // 2}_[1,{i}].jpg")
+    for name, numbers in (("train", (0, 1, 3)), ("test", (2,))):
+        rows = [f'"121919_Myo{i // 2}_[1,{i}]",[{i}]' for i in numbers]
+        (tmp_path / f"{name}_list.csv").write_text("\n".join(["file,label", *rows]))
+    status, _, err = script(data, "dedl-csv", tmp_path / "train_list.csv", tmp_path / "out", "--test",
+                            tmp_path / "test_list.csv")
+    assert status == 0, err
+    records, _ = data.find_records(tmp_path / "out", task="cls", needs_validation=False)
+    assert [(r.labels, r.split, r.patient) for r in records] == [
+        (("b",), "train", "121919_Myo0"), (("tfh",), "train", "121919_Myo0"), (("tfhl",), "train", "121919_Myo1"),
+        (("tfh217",), "test", "121919_Myo1")]
+
+
+def test_rows_without_a_patient_are_their_own_groups():
+    labels, patients = [["a"], ["b"]] * 10, ["P1"] * 4 + [""] * 16
+    folds = data.make_folds(records_of(labels, patients), 5)
+    assert sorted(map(len, folds)) == [4] * 5 and sum(set(range(4)) <= set(fold) for fold in folds) == 1
+    with pytest.raises(data.DataError, match="of 1 patients"):
+        data.make_folds(records_of(labels, ["P1"] * 20), 2)
+
+
+def test_a_palette_is_seen_by_its_colours(tmp_path):
+    picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8), "P")
+    picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    picture.save(tmp_path / "palette.png")
+    picture.save(tmp_path / "palette.tif")
+    assert np.abs(data.read_picture(tmp_path / "palette.png").astype(int) - data.read_picture(
+        tmp_path / "palette.tif")).max() <= 1
+
+
+@pytest.mark.parametrize("row, said", [
+    ('a.png,"[0, 5]"', "line 3: label [0, 5] has a number above 4"), ("a.png,b", "label 'b' is not a list of numbers"),
+    ("c.png,[1]", "0 images below"), ("b.png,[1]", "has a row already"), ("a.png", "label None is not a list")])
+def test_published_csvs_that_are_wrong(tmp_path, script, row, said):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    (tmp_path / "labels.csv").write_text(f"file,label\nb.png,[0]\n{row}\n")
+    status, _, err = script(data, "dedl-csv", tmp_path / "labels.csv", tmp_path / "out")
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_of_a_classification_folder(tmp_path, script):
+    folder = write_pictures(tmp_path / "coloured", patients=7)
+    status, out, err = script(data, "check", folder)
+    assert status == 2 and "patient P0 is in two splits, train and test" in out  # patients go round in that fixture
+    folder = write_pictures(tmp_path / "sound")
+    status, out, _ = script(data, "check", folder)
+    assert status == 0 and "train: 18 images" in out and "blue 9, green 10, red 10" in out and "no problems" in out
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(folder / "picture0.png")
+    (folder / "picture1.png").write_bytes(b"x")
+    with open(folder / "classification.csv", "a") as file:
+        file.write("picture2.png,red,test\npicture3.png/../picture3.png,red,train\nnew.png,violet,test\n")
+    Image.fromarray(np.eye(9, dtype=np.uint8)).save(folder / "new.png")
+    status, out, err = script(data, "check", folder)
+    assert status == 2 and "5 problems" in err
+    for said in ("line 26: image 'picture2.png' is in line 4 already, of split train", "must be a path below",
+                 "picture0.png: the image is constant", "picture1.png: cannot be read",
+                 "label 'violet' has no training image"):
+        assert said in out
+
+
+def test_images_are_found_by_file_folder_and_pattern(tmp_path):
+    for name in ("b.png", "a.TIF", "note.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in data.find_images([tmp_path])] == ["a.TIF", "b.png"]
+    assert data.find_images([tmp_path / "b.png", f"{tmp_path}/*.png"]) == [tmp_path / "b.png"]
+    with pytest.raises(data.DataError, match="names no image file"):
+        data.find_images([tmp_path / "nothing*"])

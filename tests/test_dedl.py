@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -133,3 +135,90 @@ def test_metrics_of_empty_fields():
     assert left_empty["iou"] == left_empty["precision"] == left_empty["recall"] == left_empty["mean_image_iou"] == 1
     missed, invented = dedl.segmentation_scores([[0, 0, 5, 4]]), dedl.segmentation_scores([[0, 5, 0, 4]])
     assert missed["precision"] == missed["iou"] == 0 and invented["recall"] == invented["iou"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------ classification
+def test_focal_loss_is_binary_cross_entropy_at_gamma_0():
+    logits, truth = torch.randn(7, 5) * 4, (torch.rand(7, 5) > 0.5).float()
+    weights = [0.9, 0.4, 0.5, 0.2, 1.0]
+    bce = nn.functional.binary_cross_entropy_with_logits
+    torch.testing.assert_close(dedl.FocalLoss(0)(logits, truth), bce(logits, truth))
+    torch.testing.assert_close(dedl.FocalLoss(0, 0.25, weights)(logits, truth),
+                               0.25 * bce(logits, truth, torch.tensor(weights)))
+
+
+def test_focal_loss_by_its_definition():
+    logits, truth = torch.tensor([[0.0, 2.0, -1.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    p = [0.5, 1 / (1 + math.exp(-2)), 1 - 1 / (1 + math.exp(1))]  # of the true answer
+    expected = sum(w * (1 - q) ** 2 * -math.log(q) for w, q in zip((1, 0.5, 0.2), p)) / 3
+    assert dedl.FocalLoss(2, 1, [1, 0.5, 0.2])(logits, truth).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss_is_finite_where_logits_are_large(dtype, gamma):
+    for size in (60, 1000):
+        logits = torch.tensor([[size, -size, size, -size, 0]], dtype=dtype, requires_grad=True)
+        truth = torch.tensor([[1, 1, 0, 0, 1.0]])
+        loss = dedl.FocalLoss(gamma)(logits, truth)
+        loss.backward()
+        assert loss.dtype == torch.float32 and loss.isfinite() and logits.grad.isfinite().all()
+        assert loss.item() == pytest.approx((2 * size + 0.5 ** gamma * math.log(2)) / 5, rel=1e-3)
+        assert logits.grad[0, 1] < 0 < logits.grad[0, 2]  # still pulled towards the truth
+
+
+def test_focal_loss_gradient():
+    logits = (torch.randn(4, 3, dtype=torch.float64) * 3).requires_grad_()
+    truth = (torch.rand(4, 3) > 0.5).double()
+    for gamma in (0.0, 0.7, 2.0):
+        loss = dedl.FocalLoss(gamma, class_weights=[0.2, 1.0, 0.5]).double()
+        assert torch.autograd.gradcheck(lambda z, loss=loss: loss(z, truth), logits)
+
+
+def test_inverse_frequency_weights():
+    assert dedl.inverse_frequency_weights([10, 20, 40]) == pytest.approx([1, 0.2 + 0.8 / 3, 0.2])
+    assert dedl.inverse_frequency_weights([5, 5]) == [1, 1] and dedl.inverse_frequency_weights([5]) == [1]
+    assert dedl.inverse_frequency_weights([0, 10, 0, 20]) == pytest.approx([1, 1, 1, 0.2])  # no image: no part in it
+    published = dedl.PUBLISHED_PHENOTYPE_WEIGHTS.values()  # from the notebook's frequencies, relative to the rarest
+    counts = [1 / v for v in (0.944, 0.4595, 0.4696, 0.1464, 1)]
+    assert dedl.inverse_frequency_weights(counts) == pytest.approx(list(published), abs=1e-4)
+
+
+def test_classification_scores_by_hand():
+    names = ["a", "b", "c", "d"]        # c: no image has it, and none is said to; d: none has it, one is said to
+    truth = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    found = [[1, 0, 0, 0], [1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    scores = dedl.classification_scores(torch.tensor(found).bool(), torch.tensor(truth).bool(), names)
+    # a: tp 2 fp 1 fn 1, b: tp 1 fp 0 fn 1, c: nothing, d: fp 1; together tp 3, fp 2, fn 2
+    assert scores["per_class"] == {
+        "a": {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "support": 3},
+        "b": {"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 2},
+        "c": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0},
+        "d": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}}
+    del scores["per_class"]
+    assert scores == pytest.approx({
+        "f1_micro": 6 / 10, "precision_micro": 3 / 5, "recall_micro": 3 / 5, "f1_macro": 4 / 3 / 4,
+        "precision_macro": 5 / 3 / 4, "recall_macro": 7 / 6 / 4, "f1_macro_present": 2 / 3, "subset_accuracy": 2 / 5,
+        "images": 5})
+
+
+def test_classification_scores_where_nothing_is():
+    nothing = dedl.classification_scores(torch.zeros(3, 2), torch.zeros(3, 2), ["a", "b"])
+    assert nothing["f1_micro"] == nothing["f1_macro"] == nothing["f1_macro_present"] == 0
+    assert nothing["subset_accuracy"] == 1
+
+
+def test_thresholds_are_those_with_the_best_f1():
+    torch.manual_seed(0)
+    p, y = torch.rand(40, 3), torch.rand(40, 3) > 0.6
+    y[:, 2] = False
+    thresholds = dedl.best_thresholds(p, y)
+    assert thresholds[2] == 0.5                                   # no image has the class
+    for c in range(2):
+        def f1(threshold, c=c):
+            found = p[:, c] > threshold
+            return 2 * (found & y[:, c]).sum() / (found.sum() + y[:, c].sum())
+        assert f1(thresholds[c]) == max(f1(t) for t in torch.linspace(0, 1, 2001)) >= f1(0.5)
+    apart = torch.tensor([[0.1], [0.2], [0.3], [0.9]])            # any threshold from 0.2 to 0.3 is as good
+    assert dedl.best_thresholds(apart, apart > 0.25) == pytest.approx([0.25])
+    assert dedl.best_thresholds(apart, apart > 0.4) == [0.5]      # 0.5 itself is among the best

@@ -5,6 +5,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from conftest import ROOT
 from torch import nn
 
 import models
@@ -135,3 +136,84 @@ def test_without_network_auto_warns_and_imagenet_fails(monkeypatch, tmp_path, ca
 def test_what_cannot_be_built_is_said(wrong, said):
     with pytest.raises(models.ModelError, match=said):
         models.build_segmenter(**wrong)
+
+
+# --------------------------------------------------------------------------------------------------------- classifiers
+# the paper's 29, under timm's names; a few of each family run by default
+QUICK = ["resnet18", "resnet50", "efficientnet_b0", "efficientnet_b3", "dm_nfnet_f0", "convnext_tiny",
+         "vit_base_patch16_384", "vit_base_patch32_384", "swin_base_patch4_window12_384", "coatnet_0_rw_224"]
+SLOW = ["resnet34", "resnet101", "efficientnet_b1", "efficientnet_b2", "efficientnet_b4", "efficientnet_b5",
+        "efficientnet_b6", "efficientnet_b7", "dm_nfnet_f1", "dm_nfnet_f2", "dm_nfnet_f3", "dm_nfnet_f4", "dm_nfnet_f5",
+        "dm_nfnet_f6", "convnext_small", "convnext_base", "swin_large_patch4_window12_384", "vit_large_patch16_384",
+        "vit_large_patch32_384"]
+PAPER_MODELS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def test_readme_names_the_models_of_the_paper():
+    readme = (ROOT / "README.md").read_text()
+    assert len(set(QUICK + SLOW)) == 29 and all(f"`{name}`" in readme for name in QUICK + SLOW)
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_all_models_of_the_paper_train(name):
+    model = models.build_classifier(name, 5, image_size=64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    first = next(model.parameters()).detach().clone()
+    logits = model(torch.rand(2, 3, 64, 64))
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, torch.ones(2, 5))
+    loss.backward()
+    optimizer.step()
+    assert logits.shape == (2, 5) and loss.isfinite() and next(model.parameters()).isfinite().all()
+    assert not torch.equal(first, next(model.parameters()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "vit_base_patch32_384", "swin_base_patch4_window12_384"])
+def test_models_at_the_size_of_the_paper(name):
+    assert models.build_classifier(name, 5)(torch.rand(2, 3, 384, 384)).shape == (2, 5)
+
+
+def test_a_classifier_normalises_as_its_timm_config_says():
+    model = models.build_classifier("vit_base_patch32_384", 3, image_size=32).eval()
+    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model.network((image / 255 - 0.5) / 0.5)
+        torch.testing.assert_close(model(image), expected)
+        torch.testing.assert_close(model(image / 255), expected)
+    assert models.interpolation("resnet18") == "bicubic" and models.interpolation("resnet10t") == "bilinear"
+
+
+def test_classifier_weights_from_a_file(tmp_path):
+    for name, size in (("resnet18", 64), ("vit_tiny_patch16_224", 96)):
+        whole = timm.create_model(name)
+        torch.save(whole.state_dict(), tmp_path / "weights.pth")
+        model = models.build_classifier(name, 5, size, weights=tmp_path / "weights.pth")
+        theirs, ours = whole.state_dict(), model.network.state_dict()
+        resized = {"pos_embed"}  # a transformer's positions are interpolated to another image size
+        same = [key for key in ours if key not in resized and not key.startswith(("fc.", "head."))]
+        assert len(same) > 50 and all(torch.equal(ours[key], theirs[key]) for key in same)
+        assert model(torch.rand(1, 3, size, size)).shape == (1, 5)
+        assert model.weights_used == str(tmp_path / "weights.pth")
+    with pytest.raises(models.ModelError, match="not weights for this network"):
+        models.build_classifier("resnet18", 5, 64, weights=tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (("resnet81", 5), "model 'resnet81' is not a timm model; near it: resnet18"), (("resnet18", 0), "at least 1 class"),
+    (("coatnet_0_rw_224", 5, 100), "cannot classify images of 100 x 100"),
+    (("vit_tiny_patch16_224", 5, 100), "no multiple of its patches of 16"),
+    (("vit_base_patch16_384", 5, 10), "its own size is 384")])
+def test_classifiers_that_cannot_be_built(wrong, said):
+    with pytest.raises(models.ModelError, match=said):
+        models.build_classifier(*wrong)
+
+
+def test_classifiers_without_network(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(models, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert models.build_classifier("resnet18", 2, 64, "auto").weights_used == "none"
+    assert "WARNING" in capsys.readouterr().out
+    with pytest.raises(models.ModelError, match="ImageNet weights"):
+        models.build_classifier("resnet18", 2, 64, "imagenet")

@@ -1,0 +1,462 @@
+"""Training and testing of classifiers, as a user runs them."""
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSIFY, SHARED, TRAIN, needs, write_pictures
+from PIL import Image
+
+import data
+import dedl
+import models
+import runs
+import test
+import train
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_a_cross_validation_leaves_what_the_contract_names(cross_validated):
+    run, folder = cross_validated
+    config = json.loads((run / "config.json").read_text())
+    assert config["task"] == "cls" and config["classes"] == ["blue", "green", "red"] and config["folds"] == 3
+    assert config["setting"] == {"model": "test_resnet", "classes": 3, "image_size": 32} and "tile" not in config
+    validated = []
+    for fold in range(3):
+        place = run / f"fold{fold}"
+        rows = read_csv(place / "metrics.csv")
+        assert rows[0][:6] == ["epoch", "train_loss", "val_loss", "val_f1_micro", "lr", "seconds"] and len(rows) == 3
+        for name in ("best.pt", "last.pt"):
+            torch.load(place / name, weights_only=True)
+        with Image.open(place / "samples.png") as picture:
+            assert picture.size[0] > 500
+        header, *rows = read_csv(place / "validation.csv")
+        assert header == ["image", "labels", "blue", "green", "red"]
+        validated += [row[0] for row in rows]
+    records, _ = data.find_records(folder, task="cls", needs_validation=False)
+    assert sorted(validated) == sorted(r.name for r in records if r.split == "train")  # each validates one fold
+
+
+def test_measured_scores_are_those_of_the_written_probabilities(cross_validated, script):
+    run, folder = cross_validated
+    status, out, err = script(test, run, "--device", "cpu")
+    assert status == 0, err
+    scores = json.loads((run / "test.json").read_text())
+    header, *rows = read_csv(run / "test.csv")
+    assert header == ["image", "labels", "blue", "green", "red"] and len(rows) == scores["images"] == 6
+    tp = fp = fn = right = 0
+    per_class = {name: [0, 0, 0] for name in header[2:]}
+    for row in rows:
+        truth = set(row[1].split(";"))
+        found = {name for name, p in zip(header[2:], row[2:]) if float(p) > 0.5}
+        tp, fp, fn, right = (tp + len(truth & found), fp + len(found - truth), fn + len(truth - found),
+                             right + (truth == found))
+        for name in per_class:
+            per_class[name][0] += name in truth & found
+            per_class[name][1] += name in found
+            per_class[name][2] += name in truth
+    assert scores["f1_micro"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert scores["recall_micro"] == pytest.approx(tp / (tp + fn))
+    assert scores["precision_micro"] == pytest.approx(tp / max(1, tp + fp))
+    assert scores["subset_accuracy"] == pytest.approx(right / 6)
+    for name, (hit, found, support) in per_class.items():
+        assert scores["per_class"][name]["support"] == support
+        assert scores["per_class"][name]["f1"] == pytest.approx(2 * hit / (found + support))
+    f1s = [scores["folds"][f"fold{k}"]["f1_micro"] for k in range(3)]
+    assert scores["mean"]["f1_micro"] == pytest.approx(np.mean(f1s))
+    assert scores["std"]["f1_micro"] == pytest.approx(np.std(f1s, ddof=1))
+    assert scores["ensemble"]["f1_micro"] == scores["f1_micro"] and "at thresholds" in out
+    for value in (scores["f1_micro"], scores["mean"]["f1_macro"], scores["ensemble_at_thresholds"]["f1_micro"]):
+        assert f"{value:.4f}" in out
+    with Image.open(run / "test.png") as picture:
+        assert picture.size[0] > 900
+
+
+def test_the_ensemble_is_the_mean_probability(cross_validated):
+    run, folder = cross_validated
+    compute = runs.choose_compute("cpu", "off")
+    records = [r for r in data.find_records(folder, task="cls")[0] if r.split == "test"]
+    shown = data.PicturesOnDisk(records, 32, models.interpolation("test_resnet"))
+    networks = test.load_folds(run, runs.read_config(run), compute)
+    of_fold = [runs.classify(network, shown, compute).sigmoid() for network in networks.values()]
+    test.main([str(run), "--device", "cpu", "--amp", "off"])
+    written = torch.tensor([[float(p) for p in row[2:]] for row in read_csv(run / "test.csv")[1:]])
+    assert len(of_fold) == 3 and not torch.allclose(of_fold[0], of_fold[1], atol=1e-4)
+    torch.testing.assert_close(written, sum(of_fold) / 3, atol=1e-5, rtol=0)
+
+
+def test_thresholds_come_from_validation_alone(cross_validated, script, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(cross_validated[0], run)
+    parts = [runs.load_probabilities(run / f"fold{k}" / "validation.csv", ["blue", "green", "red"]) for k in range(3)]
+    expected = dedl.best_thresholds(torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts]))
+    assert script(test, run)[0] == script(test, run, "--split", "train")[0] == 0
+    for name in ("test.json", "train.json"):  # the same whatever is tested
+        assert list(json.loads((run / name).read_text())["thresholds"].values()) == expected
+    shutil.copytree(run / "fold0", run / "fold7")
+    status, _, err = script(test, run)
+    assert status == 2 and "is in the validation part of two folds" in err
+
+
+def test_flips_are_averaged():
+    class Corner(torch.nn.Module):
+        def forward(self, images):
+            return images[:, 0, :1, 0].float()
+
+    picture = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
+    compute = runs.Compute(torch.device("cpu"), None)
+    assert runs.classify(Corner(), picture, compute).item() == 0
+    assert runs.classify(Corner(), picture, compute, flips=True).item() == (0 + 3 + 12 + 15) / 4
+
+
+def test_tta_of_a_classification(cross_validated, script):
+    status, out, _ = script(test, cross_validated[0], "--tta", "--split", "train")
+    assert status == 0 and "with --tta" in out
+    assert json.loads((cross_validated[0] / "train.json").read_text())["tta"] is True
+
+
+def test_new_pictures_get_probabilities(cross_validated, script, tmp_path):
+    run, folder = cross_validated
+    (tmp_path / "new").mkdir()
+    for i in range(3):
+        shutil.copy(folder / f"picture{i + 18}.png", tmp_path / "new" / f"{i}.png")
+    status, out, _ = script(test, run, "--images", tmp_path / "new", folder / "picture21.png", "--amp", "off")
+    assert status == 0 and "4 images" in out
+    header, *rows = read_csv(run / "predictions.csv")
+    assert header == ["image", "blue", "green", "red"]
+    assert [row[0][-5:] for row in rows[:3]] == ["0.png", "1.png", "2.png"]
+    assert script(test, run, "--amp", "off")[0] == 0
+    tested = [[float(p) for p in row[2:]] for row in read_csv(run / "test.csv")[1:5]]
+    assert [[float(p) for p in row[1:]] for row in rows] == [pytest.approx(row, abs=1e-5) for row in tested]
+    (tmp_path / "new" / "broken.png").write_bytes(b"x")
+    status, out, err = script(test, run, "--images", tmp_path / "new")
+    assert status == 2 and err.count("\n") == 1 and "1 of 4 cannot be read" in err and "broken.png" in err
+    assert len(read_csv(run / "predictions.csv")) == 4
+
+
+def test_folds_can_be_trained_one_by_one_and_gathered(coloured, script, tmp_path):
+    arguments = ["--data", coloured, *CLASSIFY]
+    assert script(train, *arguments, "--out", tmp_path / "whole")[0] == 0
+    assert script(train, *arguments, "--out", tmp_path / "one", "--fold", 2)[0] == 0
+    assert script(train, *arguments, "--out", tmp_path / "one", "--fold", 0)[0] == 0  # beside the first
+    assert script(train, *arguments, "--out", tmp_path / "two", "--fold", 1)[0] == 0  # another machine
+    status, _, err = script(train, *arguments, "--out", tmp_path / "one", "--fold", 0)
+    assert status == 2 and "holds fold 0 already" in err
+    status, _, err = script(train, *arguments, "--out", tmp_path / "one", "--fold", 1, "--lr", 0.1)
+    assert status == 2 and "argument --lr: " in err and "was started with 0.0005, not 0.1" in err
+    status, _, err = script(train, *arguments, "--out", tmp_path / "one", "--fold", 1, "--epochs", 3)
+    assert status == 2 and "argument --epochs: " in err
+    status, out, _ = script(train, "--resume", "--out", tmp_path / "one")  # those that are there, not the third
+    assert status == 0 and "mean of 2 folds" in out and not (tmp_path / "one" / "fold1").exists()
+    status, out, _ = script(test, tmp_path / "one")
+    assert status == 0 and "2 of 3 folds" in out
+    shutil.copytree(tmp_path / "two" / "fold1", tmp_path / "one" / "fold1")
+    assert script(test, tmp_path / "one")[0] == script(test, tmp_path / "whole")[0] == 0
+    a, b = (json.loads((tmp_path / name / "test.json").read_text()) for name in ("one", "whole"))
+    assert a == b  # a fold alone is the fold of the whole run
+    names = [path.name for _ in range(2) if script(train, *arguments, "--fold", 0)[0] == 0
+             for path in sorted(runs.RUNS.iterdir())]
+    assert names == ["cls-coloured-test_resnet-seed77"] * 2 + ["cls-coloured-test_resnet-seed77-2"]
+
+
+def test_folds_of_another_run_are_not_gathered(cross_validated, coloured, script, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(cross_validated[0], run)
+    arguments = ["--data", coloured, *CLASSIFY, "--image-size", 64, "--fold", 1]
+    assert script(train, *arguments, "--out", tmp_path / "x")[0] == 0
+    shutil.rmtree(run / "fold1")
+    shutil.copytree(tmp_path / "x" / "fold1", run / "fold1")
+    status, _, err = script(test, run)
+    assert status == 2 and "fold1/best.pt: is of another run" in err
+
+
+def test_a_fold_added_to_a_whole_run_does_not_narrow_it(coloured, script, tmp_path):
+    arguments = ["--data", coloured, *CLASSIFY, "--epochs", 1, "--out", tmp_path / "run"]
+    assert script(train, *arguments)[0] == 0
+    shutil.rmtree(tmp_path / "run" / "fold1")
+    shutil.rmtree(tmp_path / "run" / "fold2")
+    assert script(train, *arguments, "--fold", 2)[0] == 0
+    status, out, _ = script(train, "--resume", "--out", tmp_path / "run")
+    assert status == 0 and "mean of 3 folds" in out and (tmp_path / "run" / "fold1" / "best.pt").is_file()
+
+
+def test_one_fold_alone_has_no_deviation(coloured, script, tmp_path):
+    assert script(train, "--data", coloured, *CLASSIFY, "--out", tmp_path / "run", "--fold", 1)[0] == 0
+    assert script(test, tmp_path / "run")[0] == 0
+    assert json.loads((tmp_path / "run" / "test.json").read_text())["std"] is None
+
+
+@pytest.mark.parametrize("swa", [(), ("--swa", "--patience", 1)])
+def test_a_resumed_cross_validation_equals_one_never_stopped(coloured, script, tmp_path, swa):
+    arguments = ["--data", coloured, *CLASSIFY, "--epochs", 5, *swa]
+    assert script(train, *arguments, "--out", tmp_path / "whole")[0] == 0
+    epochs = iter(range(100))
+
+    def interrupted(*inputs, **more):
+        if next(epochs) == 7:  # in the third epoch of the second fold
+            raise KeyboardInterrupt
+        return whole(*inputs, **more)
+
+    whole, train.train_epoch = train.train_epoch, interrupted
+    try:
+        assert script(train, *arguments, "--out", tmp_path / "parts")[0] == 130
+    finally:
+        train.train_epoch = whole
+    status, out, err = script(train, "--resume", "--out", tmp_path / "parts")
+    assert status == 0 and "fold0: going on after epoch 5" in out and "fold1: going on after epoch 2" in out, err
+    for fold in range(3):
+        a, b = ([row[:5] + row[6:] for row in read_csv(tmp_path / name / f"fold{fold}" / "metrics.csv")]
+                for name in ("whole", "parts"))
+        assert a == b and len(a) == 6
+        a, b = (torch.load(tmp_path / name / f"fold{fold}" / "best.pt")["model"] for name in ("whole", "parts"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_swa_keeps_the_average_of_the_last_epochs(coloured, script, tmp_path, monkeypatch):
+    after = []
+
+    def remember(parts, *inputs):
+        result = train_epoch(parts, *inputs)
+        after.append({name: value.clone() for name, value in parts["model"].state_dict().items()})
+        return result
+
+    train_epoch = train.train_epoch
+    monkeypatch.setattr(train, "train_epoch", remember)
+    monkeypatch.setattr(dedl, "classification_scores", lambda *_: {"f1_micro": len(after) / 10, "f1_macro": 0.0})
+    status, _, err = script(train, "--data", coloured, *CLASSIFY, "--epochs", 8, "--fold", 0, "--swa", "--out",
+                            tmp_path / "run")
+    assert status == 0, err
+    best = torch.load(tmp_path / "run" / "fold0" / "best.pt")
+    weight, mean = "network.layer1.0.conv1.weight", "network.layer1.0.bn1.running_mean"
+    torch.testing.assert_close(best["model"][weight], (after[6][weight] + after[7][weight]) / 2)
+    assert best["epoch"] == 8 and not torch.equal(best["model"][mean], after[7][mean])  # refreshed for the average
+    rows = read_csv(tmp_path / "run" / "fold0" / "metrics.csv")[1:]
+    assert float(rows[6][4]) == float(rows[7][4]) == 5e-4 * train.SWA_RATE
+
+
+def test_batchnorm_is_refreshed_for_the_average(coloured, script, tmp_path):
+    """After four steps running statistics are still on their way; those of the average are the pictures' own."""
+    assert script(train, "--data", coloured, *CLASSIFY, "--epochs", 4, "--fold", 0, "--swa", "--out", tmp_path / "run",
+                  "--batch-size", 64, "--amp", "off")[0] == 0
+    fold = tmp_path / "run" / "fold0"
+    model, _ = runs.load_best(fold, models.build_classifier, runs.choose_compute("cpu", "off"))
+    held = {row[0] for row in read_csv(fold / "validation.csv")[1:]}
+    records = [r for r in data.find_records(coloured, task="cls", needs_validation=False)[0]
+               if r.split == "train" and r.name not in held]
+    labelled = data.read_labelled(records, ["blue", "green", "red"], 32)
+    pictures = data.AugmentedPictures(labelled, range(len(records)), 77, data.AUGMENTATIONS["short"])
+    images = torch.stack([picture for picture, _ in pictures])
+    own = model.network.conv1[0]((images / 255 - model.mean) / model.std).mean((0, 2, 3))
+    on_its_way = torch.load(fold / "last.pt")["model"]["network.conv1.1.running_mean"]
+    assert (model.network.conv1[1].running_mean - own).norm() < 0.3 * (on_its_way - own).norm()
+
+
+def test_without_folds_the_validation_rows_validate(coloured, script, tmp_path):
+    text = (coloured / "classification.csv").read_text().splitlines()
+    text[1:4] = [row.replace("train", "validation") for row in text[1:4]]
+    (coloured / "classification.csv").write_text("\n".join(text))
+    assert script(train, "--data", coloured, *CLASSIFY, "--folds", 1, "--out", tmp_path / "one")[0] == 0
+    assert [row[0] for row in read_csv(tmp_path / "one" / "fold0" / "validation.csv")[1:]] == [
+        "picture0.png", "picture1.png", "picture2.png"]
+    assert script(test, tmp_path / "one")[0] == 0
+    assert script(train, "--data", coloured, *CLASSIFY, "--out", tmp_path / "three")[0] == 0  # else they are left alone
+    held = {row[0] for fold in range(3) for row in read_csv(tmp_path / "three" / f"fold{fold}" / "validation.csv")[1:]}
+    assert len(held) == 15 and "picture0.png" not in held
+    status, out, _ = script(test, tmp_path / "three", "--split", "validation")
+    assert status == 0 and "3 images" in out
+
+
+def test_training_learns_colours(coloured, script, tmp_path):
+    status, _, _ = script(train, "--data", coloured, *CLASSIFY, "--epochs", 30, "--fold", 0, "--out", tmp_path / "run",
+                          "--batch-size", 4, "--lr", 3e-3)
+    assert status == 0 and script(test, tmp_path / "run")[0] == 0
+    assert json.loads((tmp_path / "run" / "test.json").read_text())["f1_micro"] > 0.85
+
+
+def test_the_papers_recipe_for_classification():
+    args = train.parse_args(["--task", "cls", "--data", "x"])
+    assert (args.recipe, args.lr, args.weight_decay, args.batch_size, args.epochs, args.class_weights, args.image_size,
+            args.folds, args.gamma, args.seed) == ("paper", 3e-4, 0, 16, 20, "auto", 384, 6, 2, 77)
+    rates = [train.learning_rate(args, epoch) for epoch in (0, 0.9, 8, 16, 32)]
+    assert rates == pytest.approx([3e-4, 3e-4, (3e-4 + 1e-6) / 2, 1e-6, 3e-4])
+
+
+def test_best_is_the_epoch_with_the_best_micro_f1_and_the_lower_loss(coloured, script, tmp_path, monkeypatch):
+    f1s, losses = iter([0.5, 0.9, 0.9, 0.1, 0.9]), iter([1.0, 3.0, 2.0, 0.1, 2.5])
+    monkeypatch.setattr(dedl, "classification_scores", lambda *_: {"f1_micro": next(f1s), "f1_macro": 0.0})
+    whole = dedl.FocalLoss.forward
+
+    def forward(self, logits, truth):
+        loss = whole(self, logits, truth)
+        return loss if loss.requires_grad else torch.tensor(next(losses))
+
+    monkeypatch.setattr(dedl.FocalLoss, "forward", forward)
+    assert script(train, "--data", coloured, *CLASSIFY, "--epochs", 5, "--fold", 0, "--out", tmp_path / "run")[0] == 0
+    best, last = (torch.load(tmp_path / "run" / "fold0" / name) for name in ("best.pt", "last.pt"))
+    assert best["epoch"] == 3 and last["state"] == {"epoch": 5, "best": 0.9, "best_loss": 2.0, "stale": 2}
+
+
+def test_class_weights_of_a_fold_follow_its_training_rows(coloured, script, tmp_path):
+    assert script(train, "--data", coloured, *CLASSIFY, "--class-weights", "auto", "--out", tmp_path / "run")[0] == 0
+    records = [r for r in data.find_records(coloured, task="cls", needs_validation=False)[0] if r.split == "train"]
+    for fold in range(3):
+        held = {row[0] for row in read_csv(tmp_path / "run" / f"fold{fold}" / "validation.csv")[1:]}
+        counts = [sum(name in r.labels for r in records if r.name not in held) for name in ("blue", "green", "red")]
+        used = torch.load(tmp_path / "run" / f"fold{fold}" / "best.pt")["class_weights"]
+        assert used == pytest.approx(dedl.inverse_frequency_weights(counts))
+    truth = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 1]]).bool()
+    assert train.classification_weights("auto", ["a", "b", "c"], truth) == dedl.inverse_frequency_weights([4, 2, 1])
+    assert train.classification_weights("equal", ["a", "b", "c"], truth) == [1, 1, 1]
+    assert train.classification_weights([3.0, 2.0, 1.0], ["a", "b", "c"], truth) == [3, 2, 1]
+    order = ["b", "other", "tfh", "tfh217", "tfhl"]
+    assert train.classification_weights("published", order, truth) == [0.9475, 1.0, 0.4934, 0.5029, 0.2]
+
+
+@pytest.mark.parametrize("flags", [("--model", "efficientnet_b0"), ("--model", "vit_tiny_patch16_224"),
+                                   ("--gamma", "0"), ("--class-weights", "auto"), ("--class-weights", "1,2,3"),
+                                   ("--amp", "fp16"), ("--amp", "off"), ("--recipe", "paper"), ("--workers", "2"),
+                                   ("--limit-train", "9"), ("--batch-size", "11")])  # 11 of 12, and one alone
+def test_flags_train_classifiers(coloured, script, tmp_path, flags):
+    status, _, err = script(train, "--data", coloured, *CLASSIFY, "--epochs", 1, "--fold", 0, *flags, "--out",
+                            tmp_path / "run")
+    assert status == 0, err
+    assert script(test, tmp_path / "run")[0] == 0
+
+
+def test_flags_reach_the_training(coloured, script, tmp_path):
+    weights = []
+    for i, flags in enumerate([(), ("--gamma", 0), ("--class-weights", "1,9,9"), ("--seed", 5)]):
+        assert script(train, "--data", coloured, *CLASSIFY, "--fold", 0, *flags, "--out", tmp_path / str(i))[0] == 0
+        weights.append(torch.load(tmp_path / str(i) / "fold0" / "last.pt")["model"]["network.fc.weight"])
+    assert all(not torch.equal(weights[0], other) for other in weights[1:])
+
+
+def test_the_synthetic_set_is_the_default(script, monkeypatch):
+    import synthetic
+    monkeypatch.setattr(synthetic, "FIELDS_PER_PATIENT", 1)
+    monkeypatch.setattr(synthetic, "PICTURES_PER_PATIENT", 1)
+    arguments = ["--task", "cls", "--epochs", 1, "--weights", "none", "--folds", 2, "--image-size", 32, "--fold"]
+    assert script(train, *arguments, 0)[0] == script(train, *arguments, 1)[0] == 0  # the second beside the first
+    assert len(list(runs.RUNS.iterdir())) == 1
+    status, out, _ = script(test)
+    assert status == 0 and "4 images, 2 of 2 folds" in out
+
+
+@needs("bccd")
+def test_real_blood_cells_train_and_test(script, tmp_path):
+    run = tmp_path / "run"
+    status, out, err = script(train, "--data", SHARED / "bccd", "--out", run, *CLASSIFY, "--fold", 1, "--epochs", 1)
+    assert status == 0 and "BASOPHIL: 3 train, 0 validation, 0 test" in out, err
+    assert script(test, run)[0] == 0
+    scores = json.loads((run / "test.json").read_text())
+    assert scores["images"] == 56 and scores["per_class"]["BASOPHIL"]["support"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+def rewrite(folder, change):
+    """Changes the manifest's rows, each a list of its cells."""
+    header, *rows = read_csv(folder / "classification.csv")
+    rows = change(rows)
+    (folder / "classification.csv").write_text("\n".join(",".join(row) for row in [header, *rows]) + "\n")
+
+
+BAD = [
+    (["--data", "{tmp}"], None, "holds no classification.csv (image,labels,split[,patient])"),
+    ([], lambda d: (d / "classification.csv").write_text("image,mask,split\na,b,train\n"), "needs one column 'labels'"),
+    ([], lambda d: rewrite(d, lambda rows: rows + [rows[3]]), "line 26: image 'picture3.png' is in line 5 already"),
+    ([], lambda d: rewrite(d, lambda rows: [[row[0], "red", row[2]] for row in rows]),
+     "all 18 training images have the same label, red; there is nothing to tell apart"),
+    ([], lambda d: rewrite(d, lambda rows: [[row[0], "", row[2]] for row in rows]), "have no label"),
+    ([], lambda d: rewrite(d, lambda rows: [row for row in rows if row[2] == "test"]), "has no images of split train"),
+    ([], lambda d: rewrite(d, lambda rows: rows[:2] + rows[-1:]), "--folds 3: the training rows are of 2 images"),
+    ([], lambda d: (d / "picture4.png").write_bytes(b"x"), "picture4.png: cannot be read"),
+    (["--model", "resnet81"], None, "model 'resnet81' is not a timm model"),
+    (["--model", "resnet18.nonsense"], None, "timm has no such weights; it has resnet18.a1_in1k"),
+    (["--batch-size", "1", "--model", "resnet18"], None, "--batch-size 1: a batch of 1 has no variance for BatchNorm"),
+    (["--model", "vit_tiny_patch16_224", "--image-size", "40"], None, "cannot classify images of 40 x 40"),
+    (["--weights", "no.pth"], None, "--weights no.pth: no such file"),
+    (["--fold", "3"], None, "argument --fold: 3 is not one of the 3 folds, 0 to 2"),
+    (["--fold", "-1"], None, "argument --fold"), (["--folds", "0"], None, "argument --folds"),
+    (["--image-size", "8"], None, "argument --image-size"), (["--gamma", "-1"], None, "argument --gamma"),
+    (["--class-weights", "1,2"], None, "has 2 numbers; give one for each of blue, green, red"),
+    (["--class-weights", "published"], None, "are those of b, tfh, tfh217, tfhl, other"),
+    (["--arch", "unetpp"], None, "argument --arch: is not for --task cls"),
+    (["--tile", "64"], None, "argument --tile: is not for --task cls"),
+    (["--out", "{run}"], None, "holds a run already"),
+    (["--resume", "--out", "{run}", "--model", "resnet34"], None, "argument --model: "),
+    (["--resume", "--out", "{run}", "--image-size", "64"], None, "was started with 32, not 64"),
+]
+
+
+@pytest.mark.parametrize("arguments, damage, said", BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_to_training(coloured, script, tmp_path, cross_validated, arguments, damage, said):
+    if damage:
+        damage(coloured)
+    places = {"{tmp}": str(tmp_path), "{run}": str(cross_validated[0])}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    if "--data" not in arguments and "--resume" not in arguments:
+        arguments = ["--data", coloured, *arguments]
+    settings = ["--task", "cls", "--device", "cpu"] if "--resume" in arguments else CLASSIFY
+    status, _, err = script(train, *settings, *arguments)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err, err
+    assert not list(runs.RUNS.glob("*/*/best.pt"))
+
+
+def test_labels_that_cannot_be_learnt_or_are_none_are_said(coloured, script, tmp_path):
+    rewrite(coloured, lambda rows: [[rows[0][0], "", "train"], *rows[1:-1], [rows[-1][0], "red;violet", "test"]])
+    status, out, _ = script(train, "--data", coloured, *CLASSIFY, "--fold", 0, "--out", tmp_path / "run")
+    assert status == 0 and "violet: 0 train, 0 validation, 1 test  NOTE: without a training image it cannot" in out
+    assert "NOTE: 1 training images have no label" in out
+    assert script(test, tmp_path / "run")[0] == 0
+    assert json.loads((tmp_path / "run" / "test.json").read_text())["per_class"]["violet"]["support"] == 1
+
+
+def test_one_class_and_images_without_it(coloured, script, tmp_path):
+    rewrite(coloured, lambda rows: [[row[0], "red" if "red" in row[1] else "", row[2]] for row in rows])
+    assert script(train, "--data", coloured, *CLASSIFY, "--fold", 0, "--out", tmp_path / "run")[0] == 0
+    assert script(test, tmp_path / "run")[0] == 0
+    assert list(json.loads((tmp_path / "run" / "test.json").read_text())["per_class"]) == ["red"]
+
+
+def test_bad_input_to_testing(cross_validated, script, tmp_path, coloured, finished):
+    run, _ = cross_validated
+
+    def says(expected, *arguments):
+        status, _, err = script(test, *arguments)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and expected in err, err
+
+    says("is a classification; it has no masks", run, "--save-masks", tmp_path / "masks")
+    says("only classifications can do that so far", finished[0], "--images", coloured)
+    says("leave --data and --save-masks out", run, "--images", coloured, "--data", coloured)
+    says("names no image file", run, "--images", tmp_path / "nothing")
+    says("holds no classification.csv", run, "--data", finished[1])
+    rewrite(coloured, lambda rows: [*rows[:-1], [rows[-1][0], "violet", "test"]])
+    says("picture23.png: its label 'violet' is none of the run's, blue, green, red", run, "--data", coloured)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text((run / "config.json").read_text())
+    says("holds no fold with a best.pt", empty)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    (damaged / "fold1" / "validation.csv").write_text("image,labels,blue\na,b,c\n")
+    says("validation.csv: is not what train.py writes", damaged)
+    (damaged / "fold2" / "best.pt").write_bytes((run / "fold2" / "best.pt").read_bytes()[:3000])
+    says("best.pt: is not a checkpoint", damaged)
+
+
+def test_each_task_refuses_the_others_flags(tiny, script):
+    status, _, err = script(train, "--data", tiny, *TRAIN, "--model", "resnet34")
+    assert status == 2 and "argument --model: is not for --task seg" in err
+
+
+def test_pictures_fixture_has_every_colour_in_every_split(tmp_path):
+    records, _ = data.find_records(write_pictures(tmp_path / "x"), task="cls")
+    for split in ("train", "test"):
+        assert len({label for r in records if r.split == split for label in r.labels}) == 3
