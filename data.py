@@ -714,15 +714,15 @@ def import_dedl_csv(csv_file, images, folder, seed=77, test_csv=None):
         raise DataError(f"{images}: no such folder; give the one that holds the pictures")
     if (folder / "classification.csv").exists():
         raise DataError(f"{folder / 'classification.csv'}: is there already; give another folder")
-    where = {}
+    names, stems = {}, {}
     for path in sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGES):
-        for name in (path.name, path.stem):
-            where.setdefault(name, []).append(path)
+        names.setdefault(path.name, []).append(path)
+        stems.setdefault(path.stem, []).append(path)
     records, taken = [], set()
     for file, split in ((csv_file, "train"), (test_csv, "test")):
         for line, row in _read_csv(Path(file), ("file", "label"), "file,label") if file else ():
             name = Path((row["file"] or "").replace("\\", "/")).name
-            found = where.get(name, [])
+            found = names.get(name) or stems.get(name, [])
             if len(found) != 1:
                 raise DataError(f"{file}, line {line}: {len(found)} images below {images} are named {name!r}; there "
                                 f"must be one")
@@ -754,82 +754,51 @@ def import_dedl_csv(csv_file, images, folder, seed=77, test_csv=None):
 def check(folder, channels=("DAPI",)):
     """What is in a data folder: (lines that describe it, one line for each thing that is wrong)."""
     folder, lines, problems = Path(folder), [], []
-    has = {task: (folder / file).is_file() for task, (file, _) in MANIFESTS.items()}
-    if has["seg"] or not has["cls"]:
-        _check_fields(folder, channels, lines, problems)
-    if has["cls"]:
-        _check_pictures(folder, lines, problems)
+    for task in [task for task, (file, _) in MANIFESTS.items() if (folder / file).is_file()] or ["seg"]:
+        _check_task(folder, task, channels, lines, problems)
     return lines, list(dict.fromkeys(problems))
 
 
-def _rows_of_splits(records, lines, problems):
-    """(split, its records) of each split; how many there are, and what is wrong with them, is added to lines, problems.
-    """
-    seen = {}
+def _check_task(folder, task, channels, lines, problems):
+    """Adds to lines and problems what a data folder holds for one task."""
+    records, said = find_records(folder, problems=problems, task=task, needs_validation=task == "seg")
+    lines += said
+    classes, kinds, split_of = class_names(records), {}, {}                     # kinds: {names of the channels: sizes}
     for split in SPLITS:
         rows = [record for record in records if record.split == split]
-        patients = {record.patient for record in rows if record.patient}
+        patients = sorted({record.patient for record in rows if record.patient})
         lines.append(f"{split}: {len(rows)} images" + (f" of {len(patients)} patients" if patients else ""))
-        for patient in sorted(patients):
-            if seen.setdefault(patient, split) != split:
-                problems.append(f"patient {patient} is in two splits, {seen[patient]} and {split}: what is tested was "
-                                f"trained on")
-        yield split, rows
-
-
-def _check_pictures(folder, lines, problems):
-    records, said = find_records(folder, problems=problems, task="cls", needs_validation=False)
-    lines += said
-    classes = class_names(records)
-    sizes = set()
-    for split, rows in _rows_of_splits(records, lines, problems):
-        counts = {name: sum(name in record.labels for record in rows) for name in classes}
-        lines.append("  " + ", ".join(f"{name} {count}" for name, count in counts.items()))
-        unlabelled = sum(not record.labels for record in rows)
-        if unlabelled:
-            lines.append(f"  {unlabelled} without any label: of none of the classes")
-        if split == "train":
-            problems += [f"label {name!r} has no training image: it cannot be learnt"
-                         for name, count in counts.items() if count == 0]
-        if not rows and split != "validation":
+        problems += [f"patient {patient} is in two splits, {split_of[patient]} and {split}: what is tested was trained "
+                     f"on" for patient in patients if split_of.setdefault(patient, split) != split]
+        if not rows and (task, split) != ("cls", "validation"):
             problems.append(f"there are no rows of split {split}")
-        for record in tqdm(rows, f"reading {split}", unit="image", leave=False, disable=None):
-            try:
-                picture = read_picture(record.image)
-            except DataError as error:
-                problems.append(str(error))
-                continue
-            sizes.add(_size(picture))
-            if picture.min() == picture.max():
-                problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
-    lines.append(f"sizes {', '.join(sorted(sizes)[:8])}{' ...' if len(sizes) > 8 else ''}")
-
-
-def _check_fields(folder, channels, lines, problems):
-    kinds = {}
-    records, said = find_records(folder, problems=problems)
-    lines += said
-    for split, rows in _rows_of_splits(records, lines, problems):
+        counts = {name: sum(name in record.labels for record in rows) for name in classes}
+        if task == "cls":
+            lines.append("  " + ", ".join(f"{name} {count}" for name, count in counts.items()) +
+                         f"; {sum(not record.labels for record in rows)} without any label")
+        if split == "train":
+            problems += [f"label {name!r} has no training image: it cannot be learnt" for name in classes
+                         if not counts[name]]
         nuclei = pixels = 0
         for record in tqdm(rows, f"reading {split}", unit="image", leave=False, disable=None):
             try:
-                field = read_field(record, channels)
+                field = read_field(record, channels) if task == "seg" else None
+                image = field.image if field else read_picture(record.image)
             except DataError as error:
                 problems.append(str(error))
                 continue
-            kinds.setdefault(field.channels, set()).add(_size(field.mask))
-            nuclei, pixels = nuclei + int(field.mask.sum()), pixels + field.mask.numel()
-            if not field.mask.any():
-                problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this field?")
-            if field.image.max() == 0:
+            kinds.setdefault(field.channels if field else ("RGB",), set()).add(_size(image))
+            if image.min() == image.max():
                 problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
+            if field:
+                nuclei, pixels = nuclei + int(field.mask.sum()), pixels + field.mask.numel()
+                if not field.mask.any():
+                    problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this field?")
         if pixels:
             lines.append(f"  {nuclei / pixels:.1%} of the pixels are nucleus")
-        if not rows:
-            problems.append(f"there are no rows of split {split}")
     for names, sizes in kinds.items():
-        sizes = sorted(sizes)
-        lines.append(f"channels {', '.join(names)}; sizes {', '.join(sizes[:8])}{' ...' if len(sizes) > 8 else ''}")
+        lines.append(f"channels {', '.join(names)}; sizes {', '.join(sorted(sizes)[:8])}"
+                     f"{' ...' if len(sizes) > 8 else ''}")
     if len({len(names) for names in kinds}) > 1:
         problems.append("images have different numbers of channels; a network takes one number")
 

@@ -90,7 +90,7 @@ def synthetic_folder():
     if not (SYNTHETIC / "segmentation.csv").is_file():
         print(f"making the built-in synthetic set in {SYNTHETIC} ...", flush=True)
         data.write_synthetic(SYNTHETIC)
-    return SYNTHETIC
+    return SYNTHETIC.resolve()
 
 
 def new_run(out, name, fold=None):

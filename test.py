@@ -27,11 +27,14 @@ import runs
 
 def main(argv=None):
     args = parse_args(argv)
+    for path in args.images or ():
+        if (Path(path) / "config.json").is_file():
+            raise runs.RunError(f"--images {path}: is the folder of a run; name runs before --images")
     folders = args.runs or [runs.newest_run("best.pt")]
     if args.save_masks and len(folders) > 1:
         raise runs.RunError("--save-masks: takes one run, else their masks would overwrite each other")
-    if args.images and (args.data or args.save_masks):
-        raise runs.RunError("--images: takes pictures in place of a data folder; leave --data and --save-masks out")
+    if args.images and (args.data or args.save_masks or len(folders) > 1):
+        raise runs.RunError("--images: takes pictures in place of a data folder, and one run; leave the others out")
     compute = runs.choose_compute(args.device, args.amp)
     for run in folders:
         config = runs.read_config(run)
@@ -131,13 +134,16 @@ def test_classification(run, config, compute, args):
     classes = config["classes"]
     labelled = data.read_labelled(records, classes, config["image_size"], models.interpolation(config["model"]),
                                   f"{args.split} images")
-    bar = partial(tqdm, desc="predicting", unit="batch", leave=False, disable=None)
-    of_fold = {fold: runs.classify(model, labelled.pictures, compute, flips=args.tta, progress=bar).sigmoid()
-               for fold, model in load_folds(run, config, compute).items()}                        # (N, classes) each
+    of_fold = predict_by_folds(run, config, labelled.pictures, compute, args)                      # (N, classes) each
     ensemble = torch.stack(list(of_fold.values())).mean(0)
 
-    # 2. scores at 0.5, and beside them at the thresholds that the validation parts of all folds together choose
-    thresholds = validation_thresholds(run, classes)
+    # 2. scores at 0.5; beside them at the thresholds that the validation parts of all folds together choose; and what
+    # comes of guesses that look at no picture
+    val_probabilities, val_truth = validation_parts(run, classes)
+    thresholds = dedl.best_thresholds(val_probabilities, val_truth)
+    commonest = torch.arange(len(classes)) == val_truth.sum(0).argmax()
+    guesses = {name: dedl.classification_scores(guess.expand(labelled.truth.shape), labelled.truth, classes)
+               for name, guess in (("commonest label", commonest), ("all labels", torch.ones_like(commonest)))}
     folds = {f"fold{number}": dedl.classification_scores(p > 0.5, labelled.truth, classes)
              for number, p in of_fold.items()}
     at_half = dedl.classification_scores(ensemble > 0.5, labelled.truth, classes)
@@ -148,46 +154,52 @@ def test_classification(run, config, compute, args):
 
     # 3. files: the ensemble's scores stand at the top level, as a segmentation's do
     runs.save_json({**at_half, "ensemble": at_half, "folds": folds, "mean": mean, "std": deviation,
-                    "thresholds": dict(zip(classes, thresholds)), "ensemble_at_thresholds": tuned,
+                    "thresholds": dict(zip(classes, thresholds)), "ensemble_at_thresholds": tuned, "guesses": guesses,
                     "tta": args.tta, "split": args.split, "data": str(folder)}, run / f"{args.split}.json")
     runs.save_probabilities(run / f"{args.split}.csv", records, classes, ensemble, with_labels=True)
     pictures.save_labels(records, ensemble.numpy(), labelled.truth.numpy(), classes, run / f"{args.split}.png")
 
     # 4. the same numbers in print
     print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds")
-    rows = {**folds, "mean": mean, **({"std": deviation} if deviation else {}), "ensemble": at_half,
-            "at thresholds": tuned}
-    print(f"{'':22}" + "".join(f"{name:>11}" for name in COLUMNS.values()))
+    epochs = {f"fold{fold}": len(folder.joinpath("metrics.csv").read_text().splitlines()) - 1
+              for fold, folder in runs.fold_folders(run).items()}  # shown, since a fold may not be finished
+    rows = {**{f"{fold}, {epochs[fold]} epochs": scores for fold, scores in folds.items()}, "mean": mean,
+            **({"std": deviation} if deviation else {}), "ensemble": at_half, "at thresholds": tuned,
+            **{f"guess {name}": scores for name, scores in guesses.items()}}
+    print(f"{'':23}" + "".join(f"{name:>11}" for name in COLUMNS.values()))
     for name, scores in rows.items():
-        print(f"  {name:20}" + "".join(f"{scores[column]:11.4f}" for column in COLUMNS))
-    print("  ensemble, by class         F1  precision     recall    support  threshold   F1 there")
+        print(f"  {name:21}" + "".join(f"{scores[column]:11.4f}" for column in COLUMNS))
+    print("  ensemble, by class          F1  precision     recall    support  threshold   F1 there")
     for name, threshold in zip(classes, thresholds):
         row = at_half["per_class"][name]
-        print(f"    {name:18.18}{row['f1']:11.4f}{row['precision']:11.4f}{row['recall']:11.4f}{row['support']:11d}"
+        print(f"    {name:19.19}{row['f1']:11.4f}{row['precision']:11.4f}{row['recall']:11.4f}{row['support']:11d}"
               f"{threshold:11.3f}{tuned['per_class'][name]['f1']:11.4f}")
 
 
-def load_folds(run, config, compute):
-    """{fold: its best network} of the folds in a run's folder. Raises RunError, also where one is of another run."""
+def predict_by_folds(run, config, shown, compute, args):
+    """{fold: probabilities (N, classes) of the shown pictures by its best network} of the folds in a run's folder.
+    Raises RunError, also where one is of another run."""
     found = {}
-    for fold, folder in runs.fold_folders(run).items():
-        found[fold], best = runs.load_best(folder, models.build_classifier, compute)
+    for fold, folder in runs.fold_folders(run).items():  # one network at a time in memory
+        model, best = runs.load_best(folder, models.build_classifier, compute)
         for name in ("setting", "classes", "weights_used"):
             if best.get(name) != config[name]:
                 raise runs.RunError(f"{folder / 'best.pt'}: is of another run than {run / 'config.json'}: {name} "
                                     f"{best.get(name)}, not {config[name]}")
+        bar = partial(tqdm, desc=f"predicting, fold {fold}", unit="batch", leave=False, disable=None)
+        found[fold] = runs.classify(model, shown, compute, flips=args.tta, progress=bar).sigmoid()
     return found
 
 
-def validation_thresholds(run, classes):
-    """A threshold a class, chosen on the validation parts of all folds put together. Raises RunError where an image is
-    in two of them: then the folds are not of one cross-validation."""
+def validation_parts(run, classes):
+    """Probabilities and truth (images, classes) of the validation parts of all folds put together. Raises RunError
+    where an image is in two of them: then the folds are not of one cross-validation."""
     parts = [runs.load_probabilities(folder / "validation.csv", classes) for folder in runs.fold_folders(run).values()]
     images = [image for part, _, _ in parts for image in part]
     if len(set(images)) < len(images):
         twice = next(image for image in images if images.count(image) > 1)
         raise runs.RunError(f"{run}: {twice} is in the validation part of two folds; they are not of one run")
-    return dedl.best_thresholds(*(torch.cat([part[i] for part in parts]) for i in (1, 2)))
+    return torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
 
 
 def predict_labels(run, config, compute, args):
@@ -195,19 +207,16 @@ def predict_labels(run, config, compute, args):
     read are left out and named at the end; then RunError is raised."""
     records = [data.Record(path, "test", name=str(path)) for path in data.find_images(args.images)]
     found = data.PicturesOnDisk(records, config["image_size"], models.interpolation(config["model"]))
-    folds = load_folds(run, config, compute)
-    readable, probabilities, unreadable = [], [], []
-    for i, record in enumerate(tqdm(records, "predicting", unit="image", leave=False, disable=None)):
+    shown, readable, unreadable = [], [], []
+    for i, record in enumerate(tqdm(records, "reading", unit="image", leave=False, disable=None)):
         try:
-            picture = found[i][None]                                                                     # (1, 3, S, S)
+            shown.append(found[i])                                                                      # (3, S, S)
+            readable.append(record)
         except data.DataError as error:
             unreadable.append(str(error))
-            continue
-        readable.append(record)
-        probabilities.append(sum(runs.classify(model, picture, compute, flips=args.tta).sigmoid()
-                                 for model in folds.values()) / len(folds))
     if readable:
-        runs.save_probabilities(run / "predictions.csv", readable, config["classes"], torch.cat(probabilities))
+        folds = list(predict_by_folds(run, config, shown, compute, args).values())
+        runs.save_probabilities(run / "predictions.csv", readable, config["classes"], torch.stack(folds).mean(0))
         print(f"{run / 'predictions.csv'}: {len(readable)} images, mean probabilities of {len(folds)} folds")
     if unreadable:
         print(*unreadable, sep="\n")

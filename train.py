@@ -50,10 +50,9 @@ SWA_SHARE, SWA_RATE = 0.25, 0.25  # --swa averages over the last quarter of the 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.task == "seg":
-        train_segmentation(args)
-    else:
-        train_classification(args)
+    compute = choose_compute(args)
+    args.data = args.data or runs.synthetic_folder()
+    (train_segmentation if args.task == "seg" else train_classification)(args, compute)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -114,7 +113,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     saved = None
     if args.resume:
-        args.out = args.out or runs.newest_run("last.pt")
+        args.out = args.out or runs.newest_run("config.json")
         saved = runs.read_config(args.out)
         parser.set_defaults(**{name: saved[name] for name in vars(args) if name in saved and name not in PLACE})
         args = parser.parse_args(argv, argparse.Namespace(out=args.out))
@@ -158,13 +157,11 @@ class_weights.__name__ = "auto|equal|published|W0,W1,..."  # argparse shows it: 
 
 
 # --------------------------------------------------------------------------------------------------------- segmentation
-def train_segmentation(args):
-    # 1. device, folder of the run, data
-    compute = choose_compute(args)
-    folder = args.data or runs.synthetic_folder()
-    name = f"seg-{folder.name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}"
-    out = args.out if args.resume else runs.new_run(args.out, name)
-    records, said = data.find_records(folder, args.seed)
+def train_segmentation(args, compute):
+    # 1. folder of the run, data
+    name = f"seg-{args.data.name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}"
+    args.out = out = args.out if args.resume else runs.new_run(args.out, name)
+    records, said = data.find_records(args.data, args.seed)
     print(*said, sep="\n")
     train_fields, val_fields = load_splits(records, args)
     weights_of_classes = segmentation_weights(args.class_weights, train_fields)
@@ -186,7 +183,7 @@ def train_segmentation(args):
     # 3. where the run stands
     state = resume(out, parts) if resumes else dict(START)
     out.mkdir(parents=True, exist_ok=True)
-    config = save_config(args, out, folder, compute, model, setting=setting, weights_used=weights_used,
+    config = save_config(args, compute, model, setting=setting, weights_used=weights_used,
                          class_weights_used=weights_of_classes, channels=train_fields[0].channels,
                          images={split: sum(r.split == split for r in records) for split in data.SPLITS},
                          train_images_used=len(train_fields))
@@ -247,18 +244,19 @@ def segmentation_weights(wish, fields):
 
 
 # ------------------------------------------------------------------------------------------------------- classification
-def train_classification(args):
-    # 1. device, folder of the run, data
-    compute = choose_compute(args)
-    folder = args.data or runs.synthetic_folder()
-    out = args.out if args.resume else runs.new_run(args.out, f"cls-{folder.name}-{args.model}-seed{args.seed}",
-                                                    args.fold)
+def train_classification(args, compute):
+    # 1. folder of the run, data
+    name = f"cls-{args.data.name}-{args.model}-seed{args.seed}"
+    args.out = out = args.out if args.resume else runs.new_run(args.out, name, args.fold)
     begun = runs.read_config(out) if (out / "config.json").is_file() else None
     if begun and not args.resume:  # one more fold of a run that is there
-        refuse_other_settings(argparse.Namespace(**{**vars(args), "out": out, "data": folder.resolve()}), begun)
-    records, said = data.find_records(folder, args.seed, task="cls", needs_validation=args.folds == 1)
+        refuse_other_settings(args, begun)
+    records, said = data.find_records(args.data, args.seed, task="cls", needs_validation=args.folds == 1)
     print(*said, sep="\n")
-    classes = data.class_names(records)
+    classes, images = data.class_names(records), {s: sum(r.split == s for r in records) for s in data.SPLITS}
+    if begun and (begun["classes"], begun["images"]) != (classes, images):
+        raise runs.RunError(f"{args.data / 'classification.csv'}: its classes or numbers of images are not those that "
+                            f"{out} was started with; train a new run")
     known, folds = choose_folds(records, classes, args)
     labelled = data.read_labelled(known, classes, args.image_size, models.interpolation(args.model), "training images")
 
@@ -270,6 +268,9 @@ def train_classification(args):
         chosen = [fold for fold in chosen if (out / f"fold{fold}").is_dir()]
     scores = []
     for fold in chosen:
+        if not args.resume and (out / f"fold{fold}").exists():
+            print(f"{out}, fold {fold}: another process has begun it by now; it is left to it")
+            continue
         train, validation = folds[fold]
         torch.manual_seed(args.seed * 1000 + fold)
         resumes = args.resume and (out / f"fold{fold}" / "last.pt").is_file()
@@ -278,16 +279,15 @@ def train_classification(args):
             weights = model.weights_used  # decided once, not by a try to download in each fold
         weights_of_classes = classification_weights(args.class_weights, classes, labelled.truth[train])
         (out / f"fold{fold}").mkdir(parents=True, exist_ok=True)
-        config = save_config(args, out, folder, compute, model, setting=setting, weights_used=weights, classes=classes,
-                             images={split: sum(r.split == split for r in records) for split in data.SPLITS},
-                             train_images_used=len(known) if args.folds > 1 else len(train),
+        config = save_config(args, compute, model, setting=setting, weights_used=weights, classes=classes,
+                             images=images, train_images_used=len(known) if args.folds > 1 else len(train),
                              **({"fold": begun["fold"]} if begun else {}))
         print(f"{out}, fold {fold}: {args.model}, {config['parameters'] / 1e6:.2f} M parameters, {len(train)} training "
               f"and {len(validation)} validation images of {args.image_size}, {compute.device}, {config['amp']}; class "
               f"weights {', '.join(f'{n} {w:.2f}' for n, w in zip(classes, weights_of_classes))}", flush=True)
         best = {"setting": setting, "classes": classes, "weights_used": weights, "class_weights": weights_of_classes}
         scores.append(train_fold(out / f"fold{fold}", model, labelled, train, validation, best, compute, args, resumes))
-    print(f"done: best validation micro-F1 {np.mean(scores):.4f}, mean of {len(scores)} folds; now: "
+    print(f"done: best validation micro-F1 {sum(scores) / max(1, len(scores)):.4f}, mean of {len(scores)} folds; now: "
           f"python test.py {out}")
 
 
@@ -411,14 +411,14 @@ def limit(records, args):
     return [records[i] for i in sorted(order)]
 
 
-def save_config(args, out, folder, compute, model, **found):
+def save_config(args, compute, model, **found):
     """Writes config.json: the settings and what they led to. Returns it as dict."""
-    config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "data": str(folder), **found,
+    config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, **found,
               "device": str(compute.device), "amp": str(compute.amp_dtype or torch.float32).removeprefix("torch."),
               "parameters": sum(p.numel() for p in model.parameters()),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
                            "numpy": np.__version__}, "threads": torch.get_num_threads(), "machine": platform.machine()}
-    runs.save_json(config, out / "config.json")
+    runs.save_json(config, args.out / "config.json")
     return config
 
 

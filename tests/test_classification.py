@@ -72,6 +72,10 @@ def test_measured_scores_are_those_of_the_written_probabilities(cross_validated,
     assert scores["mean"]["f1_micro"] == pytest.approx(np.mean(f1s))
     assert scores["std"]["f1_micro"] == pytest.approx(np.std(f1s, ddof=1))
     assert scores["ensemble"]["f1_micro"] == scores["f1_micro"] and "at thresholds" in out
+    support = sum(row["support"] for row in scores["per_class"].values())
+    assert scores["guesses"]["all labels"]["f1_micro"] == pytest.approx(2 * support / (support + 6 * 3))
+    assert scores["guesses"]["commonest label"]["recall_micro"] == max(
+        row["support"] for name, row in scores["per_class"].items() if name in ("green", "red")) / support
     for value in (scores["f1_micro"], scores["mean"]["f1_macro"], scores["ensemble_at_thresholds"]["f1_micro"]):
         assert f"{value:.4f}" in out
     with Image.open(run / "test.png") as picture:
@@ -83,8 +87,8 @@ def test_the_ensemble_is_the_mean_probability(cross_validated):
     compute = runs.choose_compute("cpu", "off")
     records = [r for r in data.find_records(folder, task="cls")[0] if r.split == "test"]
     shown = data.PicturesOnDisk(records, 32, models.interpolation("test_resnet"))
-    networks = test.load_folds(run, runs.read_config(run), compute)
-    of_fold = [runs.classify(network, shown, compute).sigmoid() for network in networks.values()]
+    networks = [runs.load_best(run / f"fold{k}", models.build_classifier, compute)[0] for k in range(3)]
+    of_fold = [runs.classify(network, shown, compute).sigmoid() for network in networks]
     test.main([str(run), "--device", "cpu", "--amp", "off"])
     written = torch.tensor([[float(p) for p in row[2:]] for row in read_csv(run / "test.csv")[1:]])
     assert len(of_fold) == 3 and not torch.allclose(of_fold[0], of_fold[1], atol=1e-4)
@@ -184,6 +188,31 @@ def test_a_fold_added_to_a_whole_run_does_not_narrow_it(coloured, script, tmp_pa
     assert script(train, *arguments, "--fold", 2)[0] == 0
     status, out, _ = script(train, "--resume", "--out", tmp_path / "run")
     assert status == 0 and "mean of 3 folds" in out and (tmp_path / "run" / "fold1" / "best.pt").is_file()
+
+
+def test_a_run_is_not_mixed_with_other_data(coloured, script, tmp_path):
+    arguments = ["--data", coloured, *CLASSIFY, "--out", tmp_path / "run"]
+    assert script(train, *arguments, "--fold", 0)[0] == 0
+    before = (tmp_path / "run" / "config.json").read_text()
+    rewrite(coloured, lambda rows: [*rows[:-1], [rows[-1][0], "violet", "test"]])
+    for more in (["--resume", "--out", tmp_path / "run"], [*arguments, "--fold", 1]):
+        status, _, err = script(train, *more)
+        assert status == 2 and "its classes or numbers of images are not those that" in err
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    assert script(test, tmp_path / "run", "--split", "train")[0] == 0
+
+
+def test_a_fold_that_another_process_has_begun_is_left_to_it(coloured, script, tmp_path, monkeypatch):
+    whole = train.train_epoch
+
+    def meanwhile(*inputs):
+        (tmp_path / "run" / "fold2").mkdir(exist_ok=True)
+        return whole(*inputs)
+
+    monkeypatch.setattr(train, "train_epoch", meanwhile)
+    status, out, _ = script(train, "--data", coloured, *CLASSIFY, "--out", tmp_path / "run")
+    assert status == 0 and "fold 2: another process has begun it" in out and "mean of 2 folds" in out
+    assert not list((tmp_path / "run" / "fold2").iterdir())
 
 
 def test_one_fold_alone_has_no_deviation(coloured, script, tmp_path):
@@ -434,7 +463,8 @@ def test_bad_input_to_testing(cross_validated, script, tmp_path, coloured, finis
 
     says("is a classification; it has no masks", run, "--save-masks", tmp_path / "masks")
     says("only classifications can do that so far", finished[0], "--images", coloured)
-    says("leave --data and --save-masks out", run, "--images", coloured, "--data", coloured)
+    says("leave the others out", run, "--images", coloured, "--data", coloured)
+    says("is the folder of a run; name runs before --images", "--images", coloured, run)
     says("names no image file", run, "--images", tmp_path / "nothing")
     says("holds no classification.csv", run, "--data", finished[1])
     rewrite(coloured, lambda rows: [*rows[:-1], [rows[-1][0], "violet", "test"]])

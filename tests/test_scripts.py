@@ -255,7 +255,7 @@ BAD = [
     (["--out", "{run}"], None, "holds a run already"), (["--resume", "--out", "{tmp}/n"], None, "has no config.json"),
     (["--resume", "--out", "{run}", "--data", "{rundata}", "--arch", "unetpp"], None, "started with unet, not unetpp"),
     (["--resume", "--out", "{run}", "--data", "{rundata}", "--app", "none"], None, "--app: "),
-    (["--resume", "--out", "{run}"], None, "argument --data: "), (["--resume"], None, "there is no run with a last.pt"),
+    (["--resume", "--out", "{run}"], None, "argument --data: "), (["--resume"], None, "is no run with a config.json"),
     (["--data", "{tiny}"], lambda d: only(d, "test"), "has no images of split train"),
     (["--data", "{tiny}"], lambda d: only(d, "train", 1), "has no images of split validation"),
     (["--recipe", "paper", "--tile", "64"], empty_masks, "--class-weights auto: class weights need both classes"),
