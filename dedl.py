@@ -144,9 +144,9 @@ class FocalLoss(nn.Module):
     it an infinite slope, whatever z is. Half-precision logits are taken to float32 first.
     """
 
-    def __init__(self, gamma=2.0, alpha=1.0, class_weights=None):
+    def __init__(self, alpha=1.0, gamma=2.0, class_weights=None):
         super().__init__()
-        self.gamma, self.alpha = gamma, alpha
+        self.alpha, self.gamma = alpha, gamma
         weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights)
 

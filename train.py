@@ -67,8 +67,8 @@ def make_parser():
     add("--task", choices=list(RECIPES), default="seg", help="seg: segment nuclei; cls: classify phenotypes [seg]")
     add("--data", type=Path, help="data folder (see README) [the built-in synthetic set, made on first use]")
     add("--out", type=Path, help="the run's folder [runs/<name that tells the setting>; to resume: the newest]")
-    add("--recipe", choices=["paper", "short"], help="the optimizer, its schedule, and defaults of the next flags "
-        "[paper; without --data short, made shorter]")
+    add("--recipe", choices=["paper", "short"], help="the optimizer, its schedule, of cls the augmentation, and "
+        "defaults of the next flags [paper; without --data short, made shorter]")
     add("--epochs", type=number(int, 1), help=default("epochs"))
     add("--batch-size", type=number(int, 1), help=f"tiles or pictures a step {default('batch_size')}")
     add("--lr", type=number(float, 1e-12), help=f"largest learning rate {default('lr')}")
@@ -347,7 +347,7 @@ def train_fold(out, model, labelled, train, validation, best, compute, args, res
     parts = {"model": model, "optimizer": make_optimizer(model.parameters(), args, compute),
              "scaler": compute.scaler(), **({"average": average} if args.swa else {})}
     state = resume(out, parts) if resumes else dict(START)
-    focal = dedl.FocalLoss(args.gamma, class_weights=best["class_weights"]).to(compute.device)
+    focal = dedl.FocalLoss(gamma=args.gamma, class_weights=best["class_weights"]).to(compute.device)
     augmented = data.AugmentedPictures(labelled, train, args.seed, data.AUGMENTATIONS[args.recipe])
     val_records, val_truth = [labelled.records[i] for i in validation], labelled.truth[validation]
     classes = labelled.classes

@@ -142,8 +142,8 @@ def test_focal_loss_is_binary_cross_entropy_at_gamma_0():
     logits, truth = torch.randn(7, 5) * 4, (torch.rand(7, 5) > 0.5).float()
     weights = [0.9, 0.4, 0.5, 0.2, 1.0]
     bce = nn.functional.binary_cross_entropy_with_logits
-    torch.testing.assert_close(dedl.FocalLoss(0)(logits, truth), bce(logits, truth))
-    torch.testing.assert_close(dedl.FocalLoss(0, 0.25, weights)(logits, truth),
+    torch.testing.assert_close(dedl.FocalLoss(gamma=0)(logits, truth), bce(logits, truth))
+    torch.testing.assert_close(dedl.FocalLoss(0.25, 0, weights)(logits, truth),
                                0.25 * bce(logits, truth, torch.tensor(weights)))
 
 
@@ -151,7 +151,7 @@ def test_focal_loss_by_its_definition():
     logits, truth = torch.tensor([[0.0, 2.0, -1.0]]), torch.tensor([[1.0, 1.0, 0.0]])
     p = [0.5, 1 / (1 + math.exp(-2)), 1 - 1 / (1 + math.exp(1))]  # of the true answer
     expected = sum(w * (1 - q) ** 2 * -math.log(q) for w, q in zip((1, 0.5, 0.2), p)) / 3
-    assert dedl.FocalLoss(2, 1, [1, 0.5, 0.2])(logits, truth).item() == pytest.approx(expected)
+    assert dedl.FocalLoss(1, 2, [1, 0.5, 0.2])(logits, truth).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -160,7 +160,7 @@ def test_focal_loss_is_finite_where_logits_are_large(dtype, gamma):
     for size in (60, 1000):
         logits = torch.tensor([[size, -size, size, -size, 0]], dtype=dtype, requires_grad=True)
         truth = torch.tensor([[1, 1, 0, 0, 1.0]])
-        loss = dedl.FocalLoss(gamma)(logits, truth)
+        loss = dedl.FocalLoss(gamma=gamma)(logits, truth)
         loss.backward()
         assert loss.dtype == torch.float32 and loss.isfinite() and logits.grad.isfinite().all()
         assert loss.item() == pytest.approx((2 * size + 0.5 ** gamma * math.log(2)) / 5, rel=1e-3)
@@ -171,7 +171,7 @@ def test_focal_loss_gradient():
     logits = (torch.randn(4, 3, dtype=torch.float64) * 3).requires_grad_()
     truth = (torch.rand(4, 3) > 0.5).double()
     for gamma in (0.0, 0.7, 2.0):
-        loss = dedl.FocalLoss(gamma, class_weights=[0.2, 1.0, 0.5]).double()
+        loss = dedl.FocalLoss(gamma=gamma, class_weights=[0.2, 1.0, 0.5]).double()
         assert torch.autograd.gradcheck(lambda z, loss=loss: loss(z, truth), logits)
 
 

@@ -180,7 +180,7 @@ def test_a_classifier_normalises_as_its_timm_config_says():
         expected = model.network((image / 255 - 0.5) / 0.5)
         torch.testing.assert_close(model(image), expected)
         torch.testing.assert_close(model(image / 255), expected)
-    assert models.interpolation("resnet18") == "bicubic" and models.interpolation("resnet10t") == "bilinear"
+    assert models.interpolation("resnet18") == "bicubic" and models.interpolation("test_resnet") == "bilinear"
 
 
 def test_classifier_weights_from_a_file(tmp_path):

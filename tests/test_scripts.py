@@ -280,6 +280,7 @@ def test_bad_input_to_train(tiny, script, tmp_path, finished, arguments, damage,
 
 def test_an_unknown_stain_is_named(script, tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "FIELDS_PER_PATIENT", 1)
+    monkeypatch.setattr(synthetic, "PICTURES_PER_PATIENT", 0)
     data.write_synthetic(runs.SYNTHETIC)
     status, _, err = script(train, *TRAIN, "--channel", "CD8")
     assert status == 2 and "no page named 'CD8' (--channel); it has CXCR3, " in err
