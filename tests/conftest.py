@@ -14,7 +14,7 @@ torch.set_num_threads(2)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests of large models too (14 GB of memory)")
+    parser.addoption("--slow", action="store_true", help="run the tests of large models too (6 GB of memory)")
 
 
 def pytest_configure(config):
