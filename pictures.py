@@ -43,15 +43,15 @@ def save_sheet(fields, masks, ious, file, side=320):
 def save_labels(records, probabilities, truth, classes, file, most=12, columns=4, width=240):
     """Up to `most` pictures, evenly taken from the best to the worst classified (by likelihood), with true labels and
     those found (above 0.5) with their probabilities. Frame: blue where all labels are right, orange where not."""
-    likelihood = np.where(truth, probabilities, 1 - probabilities).clip(1e-9).prod(1)
+    likelihood = np.log(np.where(truth, probabilities, 1 - probabilities).clip(1e-9)).sum(1)
     order = np.argsort(-likelihood, kind="stable")
     cells = []
     for i in order[np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)]:
         picture = Image.fromarray(np.moveaxis(data.read_picture(records[i].image), 0, -1))
-        height = round(width * picture.height / picture.width)
+        height = min(max(width // 8, round(width * picture.height / picture.width)), 2 * width)  # strips stay legible
         colour = TRUTH if ((probabilities[i] > 0.5) == truth[i]).all() else PREDICTED
         framed = Image.new("RGB", (width, height), colour)
-        framed.paste(picture.resize((width - 8, max(1, height - 8))), (4, 4))
+        framed.paste(picture.resize((width - 8, height - 8)), (4, 4))
         ranked = sorted(zip(probabilities[i], classes), reverse=True)
         found = ", ".join(f"{name} {p:.2f}" for p, name in ranked if p > 0.5)
         found = found or "none ({1} {0:.2f})".format(*ranked[0])

@@ -12,6 +12,7 @@ from PIL import Image
 import data
 import dedl
 import models
+import pictures
 import runs
 import test
 import train
@@ -117,6 +118,19 @@ def test_flips_are_averaged():
     compute = runs.Compute(torch.device("cpu"), None)
     assert runs.classify(Corner(), picture, compute).item() == 0
     assert runs.classify(Corner(), picture, compute, flips=True).item() == (0 + 3 + 12 + 15) / 4
+
+
+def test_the_sheet_shows_narrow_pictures_and_many_classes(tmp_path):
+    records = []
+    for i, size in enumerate([(3000, 1), (1, 3000), (40, 40)]):
+        Image.new("RGB", size, (200, 60, 60)).save(tmp_path / f"{i}.png")
+        records.append(data.Record(tmp_path / f"{i}.png", "test"))
+    classes, truth = [f"class {c}" for c in range(200)], np.zeros((3, 200), bool)
+    probabilities = np.full((3, 200), 0.99)
+    probabilities[1, :100] = 0.2                                     # all wrong, this one least
+    pictures.save_labels(records, probabilities, truth, classes, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size[1] < 600 and sheet.getpixel((100, 300))[0] > 150  # the tall one stands first
 
 
 def test_tta_of_a_classification(cross_validated, script):
@@ -279,8 +293,8 @@ def test_batchnorm_is_refreshed_for_the_average(coloured, script, tmp_path):
     records = [r for r in data.find_records(coloured, task="cls", needs_validation=False)[0]
                if r.split == "train" and r.name not in held]
     labelled = data.read_labelled(records, ["blue", "green", "red"], 32)
-    pictures = data.AugmentedPictures(labelled, range(len(records)), 77, data.AUGMENTATIONS["short"])
-    images = torch.stack([picture for picture, _ in pictures])
+    augmented = data.AugmentedPictures(labelled, range(len(records)), 77, data.AUGMENTATIONS["short"])
+    images = torch.stack([picture for picture, _ in augmented])
     own = model.network.conv1[0]((images / 255 - model.mean) / model.std).mean((0, 2, 3))
     on_its_way = torch.load(fold / "last.pt")["model"]["network.conv1.1.running_mean"]
     assert (model.network.conv1[1].running_mean - own).norm() < 0.3 * (on_its_way - own).norm()
