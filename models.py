@@ -1,10 +1,11 @@
 """U-Net and U-Net++ decoders with scSE attention over timm encoders, and timm's classifiers.
 
 U-Net: Ronneberger et al. 2015, arXiv 1505.04597. U-Net++: Zhou et al. 2018, arXiv 1807.10165.
-scSE: Roy et al. 2018, arXiv 1803.02579. Encoders: timm, `features_only`.
+scSE: Roy et al. 2018, arXiv 1803.02579 (in blocks.py). Encoders: timm, `features_only`.
 
 Shapes: N images, C channels, H x W pixels; feature maps are listed from fine (stride 2) to coarse (stride 2**depth).
 """
+import copy
 import difflib
 import logging
 import os
@@ -19,6 +20,9 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from blocks import SCSE, conv_of_upsampled, gated_conv
 
 DOWNLOAD_SECONDS = 10  # how long weights="auto" waits for ImageNet weights
 logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of every weight that features_only leaves out
@@ -29,24 +33,6 @@ class ModelError(ValueError):
 
 
 # ----------------------------------------------------------------------------------------------------------- decoders
-class SCSE(nn.Module):
-    """Concurrent spatial and channel squeeze & excitation: x * c + x * s, written as one gate x * (c + s).
-
-    c (N, C, 1, 1) weighs the channels by what the whole map holds, s (N, 1, H, W) weighs the pixels.
-    """
-
-    def __init__(self, channels, reduction=16):
-        super().__init__()
-        self.reduce = nn.Conv2d(channels, max(1, channels // reduction), 1)
-        self.expand = nn.Conv2d(max(1, channels // reduction), channels, 1)
-        self.spatial = nn.Conv2d(channels, 1, 1)
-
-    def forward(self, x):
-        channel_gate = torch.sigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True)))))  # (N, C, 1, 1)
-        pixel_gate = torch.sigmoid(self.spatial(x))                                                   # (N, 1, H, W)
-        return x * (channel_gate + pixel_gate)                                                        # (N, C, H, W)
-
-
 def conv_bn_relu(in_channels, out_channels):
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
                          nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
@@ -61,16 +47,32 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, in_channels, skip_channels, out_channels):
         super().__init__()
-        self.scse1 = SCSE(in_channels + skip_channels) if skip_channels else None  # nothing joined, nothing to weigh
+        self.scse1 = SCSE(in_channels + skip_channels)
         self.conv1 = conv_bn_relu(in_channels + skip_channels, out_channels)
         self.conv2 = conv_bn_relu(out_channels, out_channels)
         self.scse2 = SCSE(out_channels)
 
-    def forward(self, x, skips=()):
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-        if self.scse1 is not None:
-            x = self.scse1(torch.cat([x, *skips], dim=1))
-        return self.scse2(self.conv2(self.conv1(x)))
+    def forward(self, x, skips):
+        conv, bn, relu = self.conv1
+        x = self.scse1(x, *skips, kernel=conv.weight, bias=conv.bias)
+        return self.scse2(self.conv2(relu(bn(x))))
+
+
+class LastBlock(nn.Module):
+    """The block that reaches full resolution, where no skip is. Its scSE gate is left to the head: see gated_conv.
+
+    forward: (N, in_channels, H, W) -> (N, out_channels, 2H, 2W), the SCSE that is to weigh it
+    """
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv1 = conv_bn_relu(in_channels, out_channels)
+        self.conv2 = conv_bn_relu(out_channels, out_channels)
+        self.scse2 = SCSE(out_channels)
+
+    def forward(self, x):
+        conv, bn, relu = self.conv1
+        return self.conv2(relu(bn(conv_of_upsampled(x, conv.weight, conv.bias)))), self.scse2
 
 
 class UnetDecoder(nn.Module):
@@ -80,14 +82,14 @@ class UnetDecoder(nn.Module):
         super().__init__()
         coarse_first = list(encoder_channels)[::-1]
         inputs = [coarse_first[0], *decoder_channels[:-1]]
-        skips = [*coarse_first[1:], 0]  # the last block has no skip: no encoder map has full resolution
-        self.blocks = nn.ModuleList(DecoderBlock(*channels) for channels in zip(inputs, skips, decoder_channels))
+        self.blocks = nn.ModuleList(map(DecoderBlock, inputs[:-1], coarse_first[1:], decoder_channels[:-1]))
+        self.blocks.append(LastBlock(inputs[-1], decoder_channels[-1]))
 
     def forward(self, features):
         *skips, x = features
-        for block in self.blocks:
-            x = block(x, [skips.pop()] if skips else ())
-        return x
+        for block in self.blocks[:-1]:
+            x = block(x, [skips.pop()])
+        return self.blocks[-1](x)
 
 
 class UnetPlusPlusDecoder(nn.Module):
@@ -107,7 +109,7 @@ class UnetPlusPlusDecoder(nn.Module):
                 last = i + j == depth - 1
                 width[i, j] = decoder_channels[j - 1] if last else encoder_channels[i]
                 self.nodes[f"{i}_{j}"] = DecoderBlock(width[i + 1, j - 1], encoder_channels[i] * j, width[i, j])
-        self.final = DecoderBlock(width[0, depth - 1], 0, decoder_channels[-1])
+        self.final = LastBlock(width[0, depth - 1], decoder_channels[-1])
 
     def forward(self, features):
         x = {(i, 0): feature for i, feature in enumerate(features)}
@@ -123,7 +125,8 @@ DECODERS = {"unet": UnetDecoder, "unetpp": UnetPlusPlusDecoder}
 
 # ---------------------------------------------------------------------------------------------------------- segmenter
 class Segmenter(nn.Module):
-    """Encoder, decoder and a 3x3 head: image (N, in_channels, H, W) -> logits (N, classes, H, W), H and W >= 16.
+    """Encoder, decoder and a 3x3 convolution as head: image (N, in_channels, H, W) -> logits (N, classes, H, W), H and
+    W >= 16.
 
     Sizes that the encoder's strides do not divide are padded by repeating the border, and the logits cropped back.
     """
@@ -137,7 +140,8 @@ class Segmenter(nn.Module):
         height, width = image.shape[-2:]
         down, right = -height % 2 ** self.depth, -width % 2 ** self.depth
         x = F.pad(image, (0, right, 0, down), mode="replicate") if down or right else image
-        return self.head(self.decoder(self.encoder(x)))[..., :height, :width]
+        x, gate = self.decoder(self.encoder(x))
+        return gated_conv(x, gate, self.head)[..., :height, :width]
 
 
 def build_segmenter(arch="unet", encoder="resnet18", in_channels=1, classes=2, depth=3,
@@ -173,6 +177,56 @@ def build_segmenter(arch="unet", encoder="resnet18", in_channels=1, classes=2, d
 def default_decoder_channels(depth):
     """(256, 128, 64) at the paper's depth 3; every further step down brings one narrower block at full resolution."""
     return (256, 128, 64, 32, 16)[:depth]
+
+
+def for_inference(model):
+    """A copy of a Segmenter or Classifier to predict with, in eval mode and without gradients: each BatchNorm behind a
+    convolution is folded into it, w' = w * gamma / sigma and b' = beta - mu * gamma / sigma. In float32 the logits stay
+    the same to 1e-4.
+
+    Which convolution a BatchNorm of the encoder follows is seen in a trial run. Where folding changes what comes out
+    (some networks use what lies between for something else too) the encoder keeps its BatchNorms.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    if isinstance(model, Segmenter):
+        for block in model.decoder.modules():
+            if isinstance(block, (DecoderBlock, LastBlock)):
+                for layers in (block.conv1, block.conv2):
+                    layers[0], layers[1] = fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()
+        model.encoder = _folded(model.encoder, next(model.encoder.parameters()).shape[1], 64)
+    elif isinstance(model, Classifier):
+        model.network = _folded(model.network, 3, model.image_size)
+    return model
+
+
+def _folded(network, channels, size):
+    """`network`, or a copy with its BatchNorms folded, where nothing else changes by that."""
+    if not any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules()):
+        return network
+    folded = copy.deepcopy(network)
+    parents = {child: (parent, name) for parent in folded.modules() for name, child in parent.named_children()}
+    made_by, pairs = {}, []
+
+    def see(layer, inputs, output):
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and id(inputs[0]) in made_by:
+            pairs.append((*made_by[id(inputs[0])], layer))
+        elif isinstance(layer, nn.Conv2d):
+            made_by[id(output)] = layer, output  # the output is kept, so that its id is its own
+
+    hooks = [layer.register_forward_hook(see, prepend=True) for layer in parents]
+    image = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))  # training draws its own
+    image = image.to(next(network.parameters()))
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+        before = folded(image)
+        for hook in hooks:
+            hook.remove()
+        for conv, _, bn in pairs:
+            for layer, new in ((conv, fuse_conv_bn_eval(conv, bn)), (bn, getattr(bn, "act", nn.Identity()))):
+                parent, name = parents[layer]
+                setattr(parent, name, new)
+        after = folded(image)
+    same = all((a - b).norm() <= 0.01 * b.norm() for a, b in zip(after, before))  # a GPU may round to TF32
+    return folded if same else network
 
 
 # ------------------------------------------------------------------------------------------------------------ encoder

@@ -49,9 +49,10 @@ class Compute:
         return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
 
 
-def choose_compute(device="auto", amp="auto"):
+def choose_compute(device="auto", amp="auto", keep_memory=True):
     """Compute for the flags --device and --amp. auto: the best device there is; bf16 where it is fast there, fp16 on
-    older GPUs, float32 elsewhere. Raises RunError for a device that is not there."""
+    older GPUs, float32 elsewhere. keep_memory: a CPU's freed memory is kept for the next step. Raises RunError for a
+    device that is not there."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(name for name, there in have.items() if there)
@@ -63,7 +64,7 @@ def choose_compute(device="auto", amp="auto"):
             amp = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
         else:
             amp = "bf16" if device == "cpu" and _cpu_has_fast_bf16() else "off"
-    if device == "cpu":
+    if device == "cpu" and keep_memory:
         _keep_freed_memory()
     return Compute(torch.device(device), {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])
 
@@ -225,7 +226,7 @@ def predict_eight_ways(model, image, compute):
 @torch.inference_mode()
 def evaluate(model, fields, compute, class_weights=None, progress=iter, predict=predict):
     """Predicts all fields: pixel counts (fields, 4), the mean cross-entropy, and the predicted masks (H, W) bool."""
-    model.eval()
+    model = models.for_inference(model)
     counts, masks, loss, weight = [], [], 0.0, 0.0
     for field in progress(fields):
         logits = predict(model, field.image, compute)
@@ -249,7 +250,8 @@ def classify(model, pictures, compute, indices=None, flips=False, batch=32, prog
     for start in progress(range(0, len(indices), batch)):
         images = compute.batch(torch.stack([pictures[i] for i in indices[start:start + batch]]))     # (N, 3, S, S)
         with compute.autocast():
-            ways = [model(images.flip(axes) if axes else images).float()
+            # forward, not the call: torch.compile would compile anew for each size of batch
+            ways = [model.forward(images.flip(axes) if axes else images).float()
                     for axes in ([(), (2,), (3,), (2, 3)] if flips else [()])]
         logits.append(torch.stack(ways).mean(0).cpu())
     return torch.cat(logits)                                                                            # (N, classes)

@@ -42,7 +42,7 @@ RECIPES = {
                           image_size=160)}}
 RECIPES["seg"]["synthetic"] = {**RECIPES["seg"]["short"], "batch_size": 8, "epochs": 3, "tile": 128}
 RECIPES["cls"]["synthetic"] = {**RECIPES["cls"]["short"], "lr": 1e-3, "epochs": 30, "image_size": 128}
-PLACE = ("out", "resume", "workers", "device", "amp", "compile", "fold")  # what is of a machine, not of the training
+PLACE = ("out", "resume", "workers", "device", "amp", "fold")  # what is of a machine, not of the training
 ONLY = {"seg": ("arch", "encoder", "depth", "app", "app_activation", "app_weight", "tile", "channel"),
         "cls": ("model", "image_size", "folds", "fold", "gamma", "swa")}  # flags of one task alone
 SWA_SHARE, SWA_RATE = 0.25, 0.25  # --swa averages over the last quarter of the epochs, at a quarter of the largest rate
@@ -82,7 +82,8 @@ def make_parser():
     add("--workers", type=number(int, 0), help="loader processes [0 on a CPU, else up to 4]")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision [auto]")
-    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--compile", action="store_true", help="compile the network with torch.compile; each epoch then leaves "
+        "out the tiles or pictures that fill no whole batch")
     add("--weights", default="auto", metavar="auto|imagenet|none|FILE", help="the first weights of the encoder or the "
         "classifier; auto: ImageNet's if they can be had, else random ones [auto]")
     add("--limit-train", type=number(int, 1), metavar="N", help="use N training images, drawn by --seed")
@@ -428,8 +429,9 @@ def make_optimizer(parameters, args, compute):
 
 
 def make_loader(dataset, args, compute, epoch, drop_last=False):
-    """Batches of one epoch, in an order drawn from (seed, epoch)."""
+    """Batches of one epoch, in an order drawn from (seed, epoch). drop_last: without a smaller one at the end."""
     dataset.epoch = epoch
+    drop_last = drop_last or (args.compile and len(dataset) > args.batch_size)  # another size would be compiled anew
     return DataLoader(dataset, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=drop_last,
                       pin_memory=compute.device.type == "cuda",
                       generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))

@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import ROOT
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import models
 
@@ -86,6 +87,74 @@ def test_all_encoders_of_the_paper_train(encoder):
         optimizer.step()
         after = model.encoder.state_dict()[next(iter(model.encoder.state_dict()))]
         assert loss.isfinite() and after.isfinite().all() and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("encoder", PAPER_ENCODERS)
+def test_for_inference_folds_and_changes_nothing(encoder):
+    for arch in ("unet", "unetpp"):
+        model = models.build_segmenter(arch, encoder)
+        randomise_batchnorm(model)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        image = torch.rand(2, 1, 50, 64)
+        fast = models.for_inference(model)
+        with torch.no_grad():
+            expected, logits = model.eval()(image), fast(image)
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fast.modules()) and not fast.training
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class UsedTwice(nn.Module):
+    """An encoder in which what goes into a BatchNorm is used beside it too: folding would change it."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.conv, self.bn = encoder, nn.Conv2d(1, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64)
+
+    def forward(self, image):
+        x = self.conv(image)
+        first, *others = self.encoder(image)
+        return [first + x + self.bn(x), *others]
+
+
+def test_for_inference_keeps_batchnorms_that_cannot_be_folded():
+    model = models.build_segmenter()
+    model.encoder = UsedTwice(model.encoder)
+    randomise_batchnorm(model)
+    image, fast = torch.rand(1, 1, 32, 32), models.for_inference(model)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(image), model.eval()(image), rtol=1e-4, atol=1e-4)
+    assert any(isinstance(layer, nn.BatchNorm2d) for layer in fast.encoder.modules())
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fast.decoder.modules())
+
+
+def test_for_inference_of_classifiers():
+    for name in ("resnet18", "efficientnet_b0", "vit_tiny_patch16_224"):
+        model = models.build_classifier(name, 3, 64)
+        randomise_batchnorm(model)
+        image, fast = torch.rand(2, 3, 64, 64), models.for_inference(model)
+        with torch.no_grad():
+            expected, logits = model.eval()(image), fast(image)
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fast.modules())
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", *(pytest.param(name, marks=pytest.mark.slow)
+                                                   for name in PAPER_ENCODERS[1:])])
+@pytest.mark.parametrize("arch", ["unet", "unetpp"])
+def test_compiles_as_one_graph_and_once(arch, encoder):
+    torch._dynamo.reset()
+    graphs, model = CompileCounterWithBackend("aot_eager"), models.build_segmenter(arch, encoder)
+    image = torch.randn(2, 1, 64, 64)
+    eager = model(image)
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for _ in range(3):
+        model.zero_grad()
+        logits = compiled(image)
+        logits.square().sum().backward()
+    assert graphs.frame_count == 1
+    assert (logits - eager).abs().max() <= 1e-4 * eager.abs().max()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_weights_from_a_file(tmp_path):
