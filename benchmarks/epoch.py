@@ -1,0 +1,153 @@
+"""Training epochs of train.py against the published recipe, in fields a second: reading, augmentation, network, APP,
+loss and optimizer, everything but the validation.
+
+    python benchmarks/epoch.py                           on dsb2018 in ../shared/data, or on the built-in synthetic set
+    python benchmarks/epoch.py --data DIR --limit 64 --device cuda
+
+The published recipe, as its notebooks have it: segmentation_models_pytorch's U-Net with scSE in float32 and contiguous
+layout; fields padded to multiples of 480 and cut into tiles of 480, kept as .npy files that are read for each epoch;
+PIL transforms (rotation, flips), image by image; cross-entropy, Adam, a loss.item() at every step; its APP, a row-wise
+Linear autoencoder. It is also run with tiles as large as ours, since a field of 256 x 256 is one tile of 256, or one of
+480 that is mostly padding. Here: train.py's loop with --recipe short --depth 3.
+"""
+import math
+import statistics
+import tempfile
+from pathlib import Path
+
+import harness
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import data
+import dedl
+import models
+import runs
+import train
+
+
+def main():
+    parser = harness.parser(__doc__, rounds=3)
+    parser.add_argument("--data", type=Path, help="data folder")
+    parser.add_argument("--limit", type=int, default=24, help="training fields an epoch [%(default)s]")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes of both sides [0]")
+    args = parser.parse_args()
+    compute = harness.start(args)
+    folder = args.data or (harness.DATA if harness.DATA.is_dir() else runs.synthetic_folder())
+    records = [record for record in data.find_records(folder)[0] if record.split == "train"][:args.limit]
+    fields = data.read_fields(records)
+    rows, tiles_of = [], {}
+    with tempfile.TemporaryDirectory() as temporary:
+        sides = {}
+        for app in ("none", "conv", "linear"):
+            name = f"ours, --app {app}"
+            sides[name], tiles_of[name] = ours(fields, app, args, compute)
+        for tile in dict.fromkeys((args.tile, 480)):
+            for app in (False, True):
+                name = f"published recipe, float32, tiles of {tile}, {'its APP' if app else 'no APP'}"
+                sides[name], tiles_of[name] = published(fields, tile, app, Path(temporary) / f"{tile}", args, compute)
+        seconds = harness.in_turn(sides, args.rounds, compute.device, warmup=1)
+    for name in sides:
+        against = [f"published recipe, float32, tiles of {tile}, {'no APP' if name.endswith('none') else 'its APP'}"
+                   for tile in dict.fromkeys((args.tile, 480))]
+        gains = [f"{harness.ratio(seconds, other, name):.1f}x" for other in against] if name.startswith("ours") else []
+        rows.append([name, tiles_of[name], f"{len(fields) / statistics.median(seconds[name]):.2f}",
+                     *(gains or [""] * len(against))])
+    print(f"{len(fields)} training fields of {folder.name}, depth {args.depth}, batch {args.batch}, median of "
+          f"{args.rounds} epochs. Ours: tiles of {args.tile}\n")
+    columns = [f"against tiles of {tile}" for tile in dict.fromkeys((args.tile, 480))]
+    harness.table(["", "tiles an epoch", "fields/s", *columns], rows)
+
+
+def ours(fields, app, args, compute):
+    """A function that trains one epoch as train.py does, and how many tiles that are."""
+    flags = dict(recipe="short", depth=args.depth, tile=args.tile, app=app, batch_size=args.batch,
+                 workers=args.workers, epochs=100)
+    settings = train.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in flags.items()])
+    setting = dict(in_channels=len(fields[0].image), depth=args.depth,
+                   decoder_channels=models.default_decoder_channels(args.depth))
+    model = models.build_segmenter(**setting).to(compute.device, memory_format=torch.channels_last)
+    penalty = dedl.build_app(app, args.tile)
+    penalty = penalty.to(compute.device) if penalty else None
+    parameters = [*model.parameters(), *(penalty.parameters() if penalty else ())]
+    optimizer = train.make_optimizer(parameters, settings, compute)
+    parts = {"model": model, "optimizer": optimizer, "scaler": compute.scaler()}
+    crops = data.Crops(fields, args.tile)
+
+    def losses_of(logits, truth):
+        loss = F.cross_entropy(logits, truth)
+        if penalty:
+            distance, own = penalty(logits, truth)
+            loss = loss + distance + own
+        return loss, loss
+
+    def epoch():
+        loader = train.make_loader(crops, settings, compute, crops.epoch + 1)
+        train.train_epoch(parts, loader, losses_of, compute, crops.epoch, settings)
+    return epoch, len(crops)
+
+
+class PublishedTiles(Dataset):
+    """Tiles from .npy files, each augmented by PIL transforms, as in the published notebooks (but image and mask alike,
+    which costs the same)."""
+
+    def __init__(self, fields, tile, folder):
+        folder.mkdir(exist_ok=True)
+        self.files = []
+        for number, field in enumerate(fields):
+            height, width = (math.ceil(size / tile) * tile for size in field.mask.shape)
+            image, mask = np.zeros((height, width), np.float32), np.zeros((height, width), np.uint8)
+            image[:field.mask.shape[0], :field.mask.shape[1]] = field.image[0]
+            mask[:field.mask.shape[0], :field.mask.shape[1]] = field.mask * 255
+            for y in range(0, height, tile):
+                for x in range(0, width, tile):
+                    self.files.append([folder / f"{kind}_{number}_{y}_{x}.npy" for kind in ("image", "mask")])
+                    for file, array in zip(self.files[-1], (image, mask)):
+                        np.save(file, array[y:y + tile, x:x + tile])
+        self.transform = transforms.Compose([transforms.ToPILImage(), transforms.RandomRotation(3),
+                                             transforms.RandomVerticalFlip(), transforms.RandomHorizontalFlip(),
+                                             transforms.ToTensor()])
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        seed, both = torch.randint(2 ** 31, ()).item(), []
+        for file in self.files[index]:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                both.append(self.transform(torch.from_numpy(np.load(file))[None]))
+        return both[0], (both[1][0] > 0.5).long()
+
+
+def published(fields, tile, with_app, folder, args, compute):
+    """A function that trains one epoch as the notebooks do, and how many tiles that are."""
+    tiles = PublishedTiles(fields, tile, folder)
+    model = harness.reference("unet", depth=args.depth).to(compute.device).train()
+    app = dedl.RowAutoencoder(tile, "relu").to(compute.device) if with_app else None
+    optimizers = [torch.optim.Adam(model.parameters(), 3.6e-4, weight_decay=1e-5)]
+    if app:
+        optimizers.append(torch.optim.Adam(app.parameters(), 1e-3))
+    weight = torch.tensor(dedl.PUBLISHED_CLASS_WEIGHTS, device=compute.device)
+
+    def epoch():
+        total = 0.0
+        for images, masks in DataLoader(tiles, args.batch, shuffle=True, num_workers=args.workers):
+            images, masks = images.to(compute.device), masks.to(compute.device)
+            logits = model(images)
+            loss = F.cross_entropy(logits, masks, weight)
+            if app:
+                loss = loss + F.cross_entropy(app(logits), masks, weight)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            total += loss.item()
+    return epoch, len(tiles)
+
+
+if __name__ == "__main__":
+    main()
