@@ -13,9 +13,9 @@ import dedl
 import models
 
 
-def main():
+def main(argv=None):
     parser = harness.parser(__doc__)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     compute = harness.start(args)
     images, truth = harness.batch(args, compute)
     channels = models.default_decoder_channels(args.depth)
@@ -39,4 +39,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    harness.runs.command(main)

@@ -29,12 +29,13 @@ import runs
 import train
 
 
-def main():
+def main(argv=None):
     parser = harness.parser(__doc__, rounds=3)
     parser.add_argument("--data", type=Path, help="data folder")
     parser.add_argument("--limit", type=int, default=24, help="training fields an epoch [%(default)s]")
+    parser.add_argument("--published-tile", type=int, default=480, help="tiles of the published recipe [480]")
     parser.add_argument("--workers", type=int, default=0, help="loader processes of both sides [0]")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     compute = harness.start(args)
     folder = args.data or (harness.DATA if harness.DATA.is_dir() else runs.synthetic_folder())
     records = [record for record in data.find_records(folder)[0] if record.split == "train"][:args.limit]
@@ -45,20 +46,20 @@ def main():
         for app in ("none", "conv", "linear"):
             name = f"ours, --app {app}"
             sides[name], tiles_of[name] = ours(fields, app, args, compute)
-        for tile in dict.fromkeys((args.tile, 480)):
+        for tile in dict.fromkeys((args.tile, args.published_tile)):
             for app in (False, True):
                 name = f"published recipe, float32, tiles of {tile}, {'its APP' if app else 'no APP'}"
                 sides[name], tiles_of[name] = published(fields, tile, app, Path(temporary) / f"{tile}", args, compute)
         seconds = harness.in_turn(sides, args.rounds, compute.device, warmup=1)
     for name in sides:
         against = [f"published recipe, float32, tiles of {tile}, {'no APP' if name.endswith('none') else 'its APP'}"
-                   for tile in dict.fromkeys((args.tile, 480))]
+                   for tile in dict.fromkeys((args.tile, args.published_tile))]
         gains = [f"{harness.ratio(seconds, other, name):.1f}x" for other in against] if name.startswith("ours") else []
         rows.append([name, tiles_of[name], f"{len(fields) / statistics.median(seconds[name]):.2f}",
                      *(gains or [""] * len(against))])
     print(f"{len(fields)} training fields of {folder.name}, depth {args.depth}, batch {args.batch}, median of "
           f"{args.rounds} epochs. Ours: tiles of {args.tile}\n")
-    columns = [f"against tiles of {tile}" for tile in dict.fromkeys((args.tile, 480))]
+    columns = [f"against tiles of {tile}" for tile in dict.fromkeys((args.tile, args.published_tile))]
     harness.table(["", "tiles an epoch", "fields/s", *columns], rows)
 
 
@@ -150,4 +151,4 @@ def published(fields, tile, with_app, folder, args, compute):
 
 
 if __name__ == "__main__":
-    main()
+    harness.runs.command(main)

@@ -106,9 +106,9 @@ def pair(arch, encoder, depth, compute):
 def reference(arch, encoder="resnet18", depth=3):
     try:
         import segmentation_models_pytorch as smp
-    except ImportError:
-        sys.exit("error: the benchmarks compare with segmentation-models-pytorch: "
-                 "pip install -r tests/requirements.txt")
+    except ImportError as error:
+        raise runs.RunError("the benchmarks compare with segmentation-models-pytorch: "
+                            "pip install -r tests/requirements.txt") from error
     known = encoder in smp.encoders.encoders
     return {"unet": smp.Unet, "unetpp": smp.UnetPlusPlus}[arch](
         encoder if known else f"tu-{encoder}", encoder_weights=None, encoder_depth=depth, in_channels=1, classes=2,
@@ -174,5 +174,5 @@ def in_process_of_its_own(script, *arguments):
     """The last line that a script prints."""
     done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"error: {Path(script).name} {' '.join(map(str, arguments))}: {done.stderr.strip()[-2000:]}")
+        raise runs.RunError(f"{Path(script).name} {' '.join(map(str, arguments))}: {done.stderr.strip()[-300:]}")
     return done.stdout.strip().splitlines()[-1]

@@ -19,12 +19,12 @@ import runs
 import synthetic
 
 
-def main():
+def main(argv=None):
     parser = harness.parser(__doc__)
     parser.add_argument("--data", type=Path, help="data folder")
     parser.add_argument("--component", type=Path, metavar="FILE", help="a component_data.tif [one of synthetic fields]")
     parser.add_argument("--workers", type=int, default=0, help="loader processes [0]")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     compute = harness.start(args)
     folder = args.data or (harness.DATA if harness.DATA.is_dir() else runs.synthetic_folder())
     rows = []
@@ -81,4 +81,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    harness.runs.command(main)

@@ -19,14 +19,14 @@ import models
 NAMES = {"unet": "U-Net", "unetpp": "U-Net++"}
 
 
-def main():
+def main(argv=None):
     parser = harness.parser(__doc__)
     parser.add_argument("--arch", nargs="+", choices=list(NAMES), default=list(NAMES), help="[both]")
     parser.add_argument("--encoder", default="resnet18", help="[resnet18]")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--resident", choices=["reference", "ours"], help="only print the memory that a process holds "
                         "which trains this side")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.resident:
         return print(resident(args))
     compute = harness.start(args)
@@ -108,4 +108,4 @@ def resident(args):
 
 
 if __name__ == "__main__":
-    main()
+    harness.runs.command(main)

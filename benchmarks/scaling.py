@@ -20,14 +20,14 @@ SWEEPS = {"tile": [128, 192, 256, 384, 512], "batch": [1, 2, 4, 8], "encoder": E
           "depth": [2, 3, 4, 5], "threads": [1, 2, 4, 8, 16]}
 
 
-def main():
+def main(argv=None):
     parser = harness.parser(__doc__, rounds=3)
     parser.add_argument("--only", choices=list(SWEEPS), nargs="+", default=list(SWEEPS), help="[all]")
     parser.add_argument("--plot", type=Path, default=Path("scaling.png"), help="[%(default)s]")
     parser.add_argument("--arch", choices=list(models.DECODERS), default="unet", help="[unet]")
     parser.add_argument("--encoder", default="resnet18", help="[resnet18]")
     parser.add_argument("--one", action="store_true", help="measure this one setting and print it as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     compute = harness.start(args, quiet=args.one)
     if args.one:
         return print(json.dumps(measure(args, compute)))
@@ -105,4 +105,4 @@ def plot(found, file):
 
 
 if __name__ == "__main__":
-    main()
+    harness.runs.command(main)

@@ -1,0 +1,56 @@
+"""The benchmarks run, and say what they say. What they measure is not tested: machines differ."""
+import re
+import runpy
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "harness")
+SMALL = ["--tile", "32", "--batch", "2", "--rounds", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def benchmark(monkeypatch, capfd):
+    """benchmark(name, *flags) -> exit status, stdout, stderr of a script in benchmarks/."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def call(name, *flags):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / f"{name}.py"), *map(str, flags)])
+        capfd.readouterr()
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capfd.readouterr()
+    return call
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(benchmark, name):
+    status, out, _ = benchmark(name, "--help")
+    assert status == 0 and "--rounds" in out and f"python benchmarks/{name}.py" in out
+
+
+def test_app(benchmark):
+    status, out, _ = benchmark("app", *SMALL)
+    assert status == 0 and len(re.findall(r"^\| `--app (none|conv|linear)` \| \d+ ms \|", out, re.M)) == 3
+
+
+def test_epoch(benchmark, tiny):
+    status, out, _ = benchmark("epoch", *SMALL, "--data", tiny, "--limit", 2, "--published-tile", 32)
+    assert status == 0 and len(re.findall(r"^\| (ours|published recipe), .*x? +\|$", out, re.M)) == 5
+
+
+def test_one_setting_of_scaling(benchmark):
+    status, out, _ = benchmark("scaling", *SMALL, "--one")
+    assert status == 0 and '"memory": ' in out and float(re.search(r'"training": ([\d.]+)', out)[1]) > 0
+
+
+def test_what_is_not_there_is_said(benchmark):
+    import torch
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    status, _, err = benchmark("model", "--device", "cuda")
+    assert status == 2 and err.strip().splitlines()[-1].startswith("error: --device cuda")
