@@ -19,6 +19,7 @@ RUNS = Path("runs")
 # Fields are predicted by larger tiles than they are trained by, most of them whole: at a tile's border the network sees
 # less. Three networks trained by 256 on DSB2018 all did better so, on validation, than predicted by 256 too.
 PREDICTION_TILE = 1024
+PREDICTION_BATCH = 1 << 19  # pixels: small fields of one size are predicted together, 8 of 256 x 256
 SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic-v2"  # the number rises when data.py makes other pictures
 
 
@@ -190,36 +191,36 @@ def tile_starts(size, tile):
     return [round(i * (size - tile) / (count - 1)) for i in range(count)] if count > 1 else [0]
 
 
-def predict(model, image, compute, tile=PREDICTION_TILE):
-    """Logits (classes, H, W), float32, of a whole image (C, H, W), predicted by tiles of at most tile x tile pixels.
+def predict(model, images, compute, tile=PREDICTION_TILE):
+    """Logits (N, classes, H, W), float32, of whole images (N, C, H, W), by tiles of at most tile x tile pixels.
 
     Where tiles overlap their logits are averaged, so each pixel of the field is predicted once and none is invented.
     """
-    _, height, width = image.shape
+    height, width = images.shape[2:]
     total = count = 0
     for y in tile_starts(height, tile):
         for x in tile_starts(width, tile):
             with compute.autocast():
-                part = model(compute.batch(image[None, :, y:y + tile, x:x + tile]))[0].float()  # (classes, h, w)
-            if part.shape[1:] == (height, width):
+                part = model(compute.batch(images[:, :, y:y + tile, x:x + tile])).float()     # (N, classes, h, w)
+            if part.shape[2:] == (height, width):
                 return part
             if (y, x) == (0, 0):
-                total = part.new_zeros(len(part), height, width)
+                total = part.new_zeros(*part.shape[:2], height, width)
                 count = part.new_zeros(height, width)
-            total[:, y:y + tile, x:x + tile] += part
+            total[:, :, y:y + tile, x:x + tile] += part
             count[y:y + tile, x:x + tile] += 1
     return total / count
 
 
-def predict_eight_ways(model, image, compute):
-    """Like predict, but the mean logits over the field's four turns, each as it is and mirrored (test-time
+def predict_eight_ways(model, images, compute):
+    """Like predict, but the mean logits over the fields' four turns, each as it is and mirrored (test-time
     augmentation): eight times the work."""
     total = 0
     for turns in range(4):
         for flip in (False, True):
-            turned = image.rot90(turns, (1, 2))
-            logits = predict(model, turned.flip(2) if flip else turned, compute)
-            total = total + (logits.flip(2) if flip else logits).rot90(-turns, (1, 2))
+            turned = images.rot90(turns, (2, 3))
+            logits = predict(model, turned.flip(3) if flip else turned, compute)
+            total = total + (logits.flip(3) if flip else logits).rot90(-turns, (2, 3))
     return total / 8
 
 
@@ -227,16 +228,27 @@ def predict_eight_ways(model, image, compute):
 def evaluate(model, fields, compute, class_weights=None, progress=iter, predict=predict):
     """Predicts all fields: pixel counts (fields, 4), the mean cross-entropy, and the predicted masks (H, W) bool."""
     model = models.for_inference(model)
-    counts, masks, loss, weight = [], [], 0.0, 0.0
-    for field in progress(fields):
-        logits = predict(model, field.image, compute)
-        truth = field.mask.to(logits.device)
-        loss += F.cross_entropy(logits[None], truth[None].long(), class_weights, reduction="sum").item()
+    counts, masks, loss, weight = [None] * len(fields), [None] * len(fields), 0.0, 0.0
+    for indices in progress(_batches_of_one_size(fields)):
+        logits = predict(model, torch.stack([fields[i].image for i in indices]), compute)     # (N, classes, H, W)
+        truth = torch.stack([fields[i].mask for i in indices]).to(logits.device)              # (N, H, W)
+        loss += F.cross_entropy(logits, truth.long(), class_weights, reduction="sum").item()
         weight += truth.numel() if class_weights is None else class_weights[truth.long()].sum().item()
-        predicted = logits.argmax(0).bool()
-        counts.append(dedl.confusion(predicted, truth).cpu())
-        masks.append(predicted.cpu())
+        for i, predicted, mask in zip(indices, logits.argmax(1).bool(), truth):
+            counts[i], masks[i] = dedl.confusion(predicted, mask).cpu(), predicted.cpu()
     return torch.stack(counts), loss / weight, masks
+
+
+def _batches_of_one_size(fields):
+    """Lists of the fields' indices: fields of equal size, of PREDICTION_BATCH pixels together or one that is larger."""
+    sizes = {}
+    for i, field in enumerate(fields):
+        sizes.setdefault(field.mask.shape, []).append(i)
+    batches = []
+    for (height, width), indices in sizes.items():
+        count = max(1, PREDICTION_BATCH // (height * width))
+        batches += [indices[i:i + count] for i in range(0, len(indices), count)]
+    return batches
 
 
 # ------------------------------------------------------------------------------------------- labels of pictures

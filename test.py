@@ -93,7 +93,7 @@ def test_segmentation(run, config, compute, args):
         raise runs.RunError(f"{records[0].image}: has {len(fields[0].image)} channels; {run} was trained on {channels}")
 
     # 2. predict and measure
-    bar = partial(tqdm, desc=f"predicting {args.split}", unit="image", leave=False, disable=None)
+    bar = partial(tqdm, desc=f"predicting {args.split}", unit="batch", leave=False, disable=None)
     counts, loss, masks = runs.evaluate(model, fields, compute, progress=bar,
                                         predict=runs.predict_eight_ways if args.tta else runs.predict)
     scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss}

@@ -192,7 +192,7 @@ def test_prediction_puts_tiles_where_they_belong():
     field = torch.rand(1, 70, 91)
     compute = runs.Compute(torch.device("cpu"), None)
     for tile in (16, 32, 80, 128):
-        torch.testing.assert_close(runs.predict(Echo(), field, compute, tile)[1], field[0])
+        torch.testing.assert_close(runs.predict(Echo(), field[None], compute, tile)[0, 1], field[0])
 
 
 def test_tta_puts_the_eight_ways_back():
@@ -204,8 +204,28 @@ def test_tta_puts_the_eight_ways_back():
             return torch.cat([-image, image], 1)
 
     field = torch.rand(1, 24, 31)
-    logits = runs.predict_eight_ways(Ramp(), field, runs.Compute(torch.device("cpu"), None))
+    logits = runs.predict_eight_ways(Ramp(), field[None], runs.Compute(torch.device("cpu"), None))[0]
     torch.testing.assert_close(logits[1], field[0] + 0.5)
+
+
+def test_fields_of_one_size_are_predicted_together_and_keep_their_order():
+    sizes = [(16, 20), (24, 20), (16, 20), (16, 20), (1024, 1024), (16, 20)]
+    fields = [data.Field(None, torch.rand(1, *size), torch.rand(size) > 0.5, ("grey",)) for size in sizes]
+    seen = []
+
+    class Threshold(torch.nn.Module):
+        def forward(self, images):
+            seen.append(tuple(images.shape))
+            return torch.cat([1 - images, images], 1)
+
+    counts, loss, masks = runs.evaluate(Threshold(), fields, runs.Compute(torch.device("cpu"), None))
+    assert seen == [(4, 1, 16, 20), (1, 1, 24, 20), (1, 1, 1024, 1024)]
+    for field, mask, count in zip(fields, masks, counts):
+        assert torch.equal(mask, field.image[0] > 0.5) and torch.equal(count, dedl.confusion(mask, field.mask))
+    logits = [torch.cat([1 - field.image, field.image])[None] for field in fields]
+    summed = sum(torch.nn.functional.cross_entropy(z, field.mask[None].long(), reduction="sum")
+                 for z, field in zip(logits, fields))
+    assert loss == pytest.approx(summed.item() / sum(field.mask.numel() for field in fields), rel=1e-4)
 
 
 def test_tta_is_said_and_recorded(finished, script, tmp_path):
