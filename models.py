@@ -86,9 +86,10 @@ class UnetDecoder(nn.Module):
         self.blocks.append(LastBlock(inputs[-1], decoder_channels[-1]))
 
     def forward(self, features):
-        *skips, x = features
-        for block in self.blocks[:-1]:
-            x = block(x, [skips.pop()])
+        coarse_first = features[::-1]
+        x = coarse_first[0]
+        for block, skip in zip(self.blocks[:-1], coarse_first[1:]):
+            x = block(x, [skip])
         return self.blocks[-1](x)
 
 
