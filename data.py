@@ -10,14 +10,15 @@ both; without the first, inForm's file names are recognised.
 Segmentation: image (C, H, W) float32 in [0, 1], mask (H, W) bool, True where a nucleus is.
 Classification: picture (3, H, W) uint8, labels (classes,) of 0 and 1.
 """
-import argparse
 import csv
+import ctypes
 import glob
+import hashlib
 import logging
 import math
+import os
 import random
 import re
-import sys
 import warnings
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
@@ -31,12 +32,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import v2
-from tqdm import tqdm
 
-import synthetic
+import process
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of broken files one clear line is said, here
+# of broken files one clear line is said, here, instead of what the decoders print
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="PIL")
+for library in Path(Image.__file__).parents[1].glob("pillow.libs/libtiff*"):  # as wheels for Linux bring it
+    ctypes.CDLL(str(library)).TIFFSetErrorHandler(None)
 
 SPLITS = ("train", "validation", "test")
 MANIFESTS = {"seg": ("segmentation.csv", "mask"), "cls": ("classification.csv", "labels")}  # file, column of the truth
@@ -44,12 +47,16 @@ PAPER_CLASSES = ("b", "tfh", "tfh217", "tfhl", "other")  # in the order of the n
 PICTURE_MEMORY = 4 << 30      # bytes; pictures to classify are kept in memory up to here
 TIFF = (".tif", ".tiff")
 IMAGES = (*TIFF, ".png", ".jpg", ".jpeg")
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: of more, Pillow suspects a bomb, and so do we in a TIFF
 PERCENTILES = (1, 99.8)       # brought to 0 and 1, as StarDist does
 ROTATION = 10                 # degrees: the paper's small rotation
 VALIDATION_SHARE = 0.2        # of the training images, where a data folder names no validation rows
 PUBLISHED_PATIENTS = {        # the paper's split of its private set
     "train": ("121919_Myo089", "121919_Myo253", "121919_Myo368"),
     "validation": ("121919_Myo208", "121919_Myo388"), "test": ("121919_Myo231", "121919_Myo511")}
+
+
+TOO_LARGE = f"{{}}: claims to have more than {MAX_PIXELS // 10 ** 6} million pixels; if it has, cut it into fields"
 
 
 class DataError(ValueError):
@@ -67,7 +74,7 @@ def read_image(path, channels=("DAPI",)):
     path = Path(path)
     if path.suffix.lower() in TIFF:
         with _reading(path), tifffile.TiffFile(path) as tiff:
-            pages = _stain_pages(tiff)
+            pages = _stain_pages(path, tiff)
             if len(pages) == 1 and not pages[0][1]:
                 chosen = [("page 0", pages[0][0])]
             else:
@@ -75,8 +82,8 @@ def read_image(path, channels=("DAPI",)):
             arrays = [_page_array(path, page) for _, page in chosen]
         names = tuple(name for name, _ in chosen)
     else:
-        arrays, names = [_read_picture(path)], ("grey",)
-    image = np.concatenate([_channels_first(array) for array in arrays]).astype(np.float32)
+        arrays, names = [decode_picture(path)], ("grey",)
+    image = np.concatenate([channels_first(array) for array in arrays]).astype(np.float32)
     if len(arrays) == 1 and len(image) == 3:
         names = ("red", "green", "blue")
     if not np.isfinite(image).all():
@@ -105,8 +112,8 @@ def read_mask(path):
                 raise DataError(f"{path}: holds {len(pages)} pages; a mask must be one, or have one named Nucleus")
             mask = _page_array(path, pages[0])
     else:
-        mask = _read_picture(path, palette_index=True)
-    return (_channels_first(mask) != 0).any(0)                                                            # (H, W)
+        mask = decode_picture(path, palette_index=True)
+    return (channels_first(mask) != 0).any(0)                                                            # (H, W)
 
 
 def read_picture(path):
@@ -126,8 +133,8 @@ def read_picture(path):
             if pages[0].photometric == tifffile.PHOTOMETRIC.PALETTE:
                 array = (np.moveaxis(np.asarray(pages[0].colormap)[:, array], 0, -1) >> 8).astype(np.uint8)
     else:
-        array = _read_picture(path)
-    picture = _channels_first(array)
+        array = decode_picture(path)
+    picture = channels_first(array)
     if len(picture) not in (1, 3):
         raise DataError(f"{path}: has {len(picture)} channels; a picture to classify is grey or RGB")
     if picture.dtype != np.uint8:
@@ -146,7 +153,17 @@ def normalise(image):
     """
     low, high = np.percentile(image, PERCENTILES, axis=(1, 2), keepdims=True).astype(np.float32)          # (C, 1, 1)
     high = np.where(high > low, high, image.max((1, 2), keepdims=True))
+    if max(abs(low).max(), abs(high).max()) > 1e37:  # else high - low could be more than float32 holds
+        return normalise(image * np.float32(1e-9))
     return ((image - low) / np.where(high > low, high - low, 1)).clip(0, 1)
+
+
+def channel_names(text):
+    """The value of --channel as names: "DAPI,CD4" -> ("DAPI", "CD4"). Raises DataError if it holds none."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise DataError(f"--channel {text!r}: names no page; give one or more, as in DAPI,CD4")
+    return names
 
 
 @contextmanager
@@ -156,8 +173,10 @@ def _reading(path):
         raise DataError(f"{path}: is a folder, not an image file" if path.is_dir() else f"{path}: no such file")
     try:
         yield
-    except DataError:
+    except (DataError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise DataError(TOO_LARGE.format(path)) from error
     except Exception as error:  # decoders raise nearly every kind
         detail = " ".join(str(error).split())[:120] or type(error).__name__
         raise DataError(f"{path}: cannot be read; is it a whole TIFF, PNG or JPEG file? ({detail})") from error
@@ -165,19 +184,20 @@ def _reading(path):
 
 def _description(page):
     """The elements directly under the root of the XML that inForm writes in a page's ImageDescription: {tag: text}."""
+    text = page.description.strip("\0 \n")
     try:
-        root = ET.fromstring(page.description.strip("\0 \n"))
+        root = ET.fromstring("" if "<!" in text else text)  # inForm declares no entities; a bomb of XML does
     except ET.ParseError:
         return {}  # nothing, or another program's text
     return {element.tag: (element.text or "").strip() for element in root}
 
 
-def _stain_pages(tiff):
+def _stain_pages(path, tiff):
     """[(page, stain's name or None)] of the pages at full resolution, without thumbnail or pages of another size."""
     described = [(page, _description(page)) for page in tiff.pages]
     described = [(page, xml) for page, xml in described if xml.get("ImageType", "FullResolution") == "FullResolution"]
     if not described:
-        raise DataError(f"{tiff.filename}: holds no page at full resolution")
+        raise DataError(f"{path}: holds no page at full resolution")
     size = described[0][0].shape[:2]
     return [(page, xml.get("Name")) for page, xml in described if page.shape[:2] == size]
 
@@ -195,6 +215,8 @@ def _find_page(path, pages, name):
 
 
 def _page_array(path, page):
+    if page.imagelength * page.imagewidth > MAX_PIXELS or page.samplesperpixel > 64:
+        raise DataError(TOO_LARGE.format(path))
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ValueError(f"a page must be a plane, this one has the axes {page.axes}")
     size = path.stat().st_size
@@ -210,6 +232,8 @@ def _page_array(path, page):
         if "imagecodecs" not in str(error):
             raise
         array = _page_by_pillow(path, page)
+    if array.shape[:2] != (page.imagelength, page.imagewidth) or array.dtype.kind not in "buif" or not array.size:
+        raise ValueError(f"its header says {page.imagelength}x{page.imagewidth}, its pixels are {array.shape}")
     colours = array.shape[-1] - len(page.extrasamples)
     return array if array.ndim == 2 else array[..., :colours]                                   # (H, W) or (H, W, C)
 
@@ -225,7 +249,7 @@ def _page_by_pillow(path, page):
                         f"pip install imagecodecs") from error
 
 
-def _read_picture(path, palette_index=False):
+def decode_picture(path, palette_index=False):
     with _reading(path), Image.open(path) as picture:
         if picture.mode == "P" and not palette_index:
             picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
@@ -236,7 +260,7 @@ def _read_picture(path, palette_index=False):
     return array[..., :-1] if has_alpha else array                                              # (H, W) or (H, W, C)
 
 
-def _channels_first(array):
+def channels_first(array):
     return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
 
@@ -264,7 +288,7 @@ def find_records(folder, seed=77, problems=None, task="seg", needs_validation=Tr
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (--data)")
     manifest, column = folder / MANIFESTS[task][0], MANIFESTS[task][1]
-    if manifest.is_file():
+    if manifest.exists():
         records, wrong = read_manifest(manifest, column)
         said = [f"{manifest}"]
         if wrong and problems is None:
@@ -281,7 +305,7 @@ def find_records(folder, seed=77, problems=None, task="seg", needs_validation=Tr
         said += _split_patients(records, seed)
     count = {split: sum(record.split == split for record in records) for split in SPLITS}
     if needs_validation and count["validation"] == 0 and count["train"] > 1:
-        said.append(_move(records, "validation", seed))
+        said.append(move_rows(records, "validation", seed))
     return records, said
 
 
@@ -289,47 +313,90 @@ def read_manifest(manifest, truth="mask"):
     """The records of a segmentation.csv (truth "mask") or classification.csv ("labels") and a line for each row that is
     wrong. Paths are relative to the manifest and stay below its folder; an image has one row. Raises DataError for a
     file that is no such manifest."""
-    rows = _read_csv(manifest, ("image", truth, "split"), f"image,{truth},split[,patient]")
+    rows = read_csv(manifest, ("image", truth, "split"), f"image,{truth},split[,patient]")
     records, problems, seen = [], [], {}
     for line, row in rows:
         wrong = []
         if row["split"] not in SPLITS:
             wrong.append(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
-        first, split = seen.setdefault(Path(row["image"] or ""), (line, row["split"]))
+        first, split = seen.setdefault(Path(row["image"]), (line, row["split"]))
         if first != line:
-            wrong.append(f"image {row['image']!r} is in line {first} already, of split {split}; give it one row")
+            leak = "" if split == row["split"] else ", so that what is tested was trained on"
+            wrong.append(f"image {row['image']!r} is in line {first} already, of split {split}{leak}; give it one row")
         for column in ("image", "mask") if truth == "mask" else ("image",):
-            path = Path(row[column] or "")
+            path = Path(row[column])
             if not row[column] or path.is_absolute() or ".." in path.parts:
                 wrong.append(f"{column} {row[column]!r} must be a path below the manifest's folder")
-            elif not (manifest.parent / path).is_file():
+            elif not _is_file(manifest.parent / path):
                 wrong.append(f"{column} {row[column]!r} is not there")
         problems += [f"{manifest}, line {line}: {what}" for what in wrong]
         if not wrong:
-            record = Record(manifest.parent / row["image"], row["split"], (row.get("patient") or "").strip(),
+            record = Record(manifest.parent / row["image"], row["split"], row.get("patient", "").strip(),
                             name=row["image"])
             if truth == "mask":
                 record.mask = manifest.parent / row["mask"]
             else:
-                record.labels = tuple(dict.fromkeys(filter(None, map(str.strip, (row["labels"] or "").split(";")))))
+                record.labels = tuple(dict.fromkeys(filter(None, map(str.strip, row["labels"].split(";")))))
             records.append(record)
     return records, problems
 
 
-def _read_csv(path, columns, first_line):
-    """[(line number, {column: text})] of a CSV file that has these columns. Raises DataError."""
+def _is_file(path):
+    try:
+        return path.is_file()
+    except (ValueError, OSError):  # a NUL in the name, or a longer one than there can be
+        return False
+
+
+def read_csv(path, columns, first_line):
+    """[(line number, {column: text})] of a CSV file that has these columns, separated by commas or, as some
+    spreadsheets write, all by semicolons. Raises DataError."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=";" if ";" in first and "," not in first else ",", strict=True)
+            rows = [(reader.line_num, row) for row in reader if any(row)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: is not a CSV file in UTF-8 ({error})") from error
-    if not rows:
+    names = rows[0][1] if rows else []
+    if len(rows) < 2:
         raise DataError(f"{path}: is empty; it needs a line {first_line} and one line an image")
     for column in columns:
-        if reader.fieldnames.count(column) != 1:
+        if names.count(column) != 1:
             raise DataError(f"{path}: needs one column {column!r}: its first line is {first_line}")
-    return rows
+    for line, row in rows:
+        if len(row) != len(names):
+            raise DataError(f"{path}, line {line}: has {len(row)} cells, the first line {len(names)}; a cell with the "
+                            f"separator in it must stand in quotes")
+    return [(line, dict(zip(names, row))) for line, row in rows[1:]]
+
+
+def leaks(records):
+    """A line for each patient, and each picture (by its file's bytes), that is in two splits."""
+    def groups(rows, key):
+        found = {}
+        for row in rows:
+            found.setdefault(key(row), []).append(row)
+        return [group for group in found.values() if len({row.split for row in group}) > 1]
+
+    def digest(row, size):
+        with open(row.image, "rb") as file:
+            return hashlib.sha256(file.read(size)).digest()
+
+    what = "what is validated or tested was trained on"
+    lines = []
+    for group in groups([row for row in records if row.patient], lambda row: row.patient):
+        splits = ", ".join(dict.fromkeys(row.split for row in group))
+        lines.append(f"patient {group[0].patient} is in several splits, {splits}: {what}")
+    # files of different sizes are not read, those with another beginning not further
+    alike = groups(records, lambda row: row.image.stat().st_size)
+    for size in (1 << 16, -1):
+        alike = [same for group in alike for same in groups(group, lambda row, size=size: digest(row, size))]
+    for first, *others in alike:
+        other = next(row for row in others if row.split != first.split)
+        lines.append(f"{first.image} ({first.split}) and {other.image} ({other.split}) are the same picture: {what}")
+    return lines
 
 
 def _inform_records(folder):
@@ -345,7 +412,7 @@ def _inform_records(folder):
         masks = [path for name in names for path in files.get(name, []) if len(files[name]) == 1 or
                  path.parent == image.parent]
         if masks:
-            slide = _slide(image)
+            slide = slide_of(image)
             records.append(Record(image, "train", slide, masks[0]))
     said = [f"{folder}: {len(records)} inForm component files with masks"]
     if len(records) < len(images):
@@ -353,7 +420,7 @@ def _inform_records(folder):
     return records, said
 
 
-def _slide(image):
+def slide_of(image):
     """The slide an inForm file is of: its name up to _[x,y] or _component_data.tif; "" for another program's names."""
     match = re.match(r"(.+?)(_\[[\d.,]+\].*|_component_data\.tif)$", image.name)
     return match[1] if match else ""
@@ -374,10 +441,10 @@ def _split_patients(records, seed):
         for record in records:
             record.split = split_of[record.patient]
         return ["split by patient as in the paper"]
-    return [_move(records, "test", seed)] if len(records) > 1 else []
+    return [move_rows(records, "test", seed)] if len(records) > 1 else []
 
 
-def _move(records, split, seed):
+def move_rows(records, split, seed):
     """Moves VALIDATION_SHARE of two or more training records to another split, whole patients where there are several.
     Returns a line that says so."""
     train = [record for record in records if record.split == "train"]
@@ -410,16 +477,16 @@ def read_field(record, channels=("DAPI",)):
     image, names = read_image(record.image, channels)
     mask = read_mask(record.mask)
     if image.shape[1:] != mask.shape:
-        raise DataError(f"{record.mask}: the mask is {_size(mask)} pixels, its image {record.image.name} "
-                        f"{_size(image)}; they must be equal")
+        raise DataError(f"{record.mask}: the mask is {size_of(mask)} pixels, its image {record.image.name} "
+                        f"{size_of(image)}; they must be equal")
     return Field(record, torch.from_numpy(normalise(image)), torch.from_numpy(mask), names)
 
 
 def read_fields(records, channels=("DAPI",), what="images"):
     """All fields of the records, read once and kept in memory, in the records' order. Raises DataError."""
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
-        fields = list(tqdm(pool.map(lambda record: read_field(record, channels), records), f"reading {what}",
-                           len(records), unit="image", leave=False, disable=None))
+        read = pool.map(lambda record: read_field(record, channels), records)
+        fields = list(process.progress(read, f"reading {what}", total=len(records)))
     for field in fields:
         if len(field.image) != len(fields[0].image):
             raise DataError(f"{field.record.image}: has {len(field.image)} channels, {fields[0].record.image.name} has "
@@ -427,12 +494,44 @@ def read_fields(records, channels=("DAPI",), what="images"):
     return fields
 
 
-def _size(array):
+def size_of(array):
     return f"{array.shape[-2]}x{array.shape[-1]}"
 
 
+class ReadInTurn(torch.utils.data.Dataset):
+    """A dataset whose loader processes note what they are at: `noted`, in shared memory, holds each one's (process id,
+    index), so that `naming_files` can say what it was reading when it died."""
+
+    noted = None
+
+    def note(self, index):
+        worker = torch.utils.data.get_worker_info()
+        if worker and self.noted is not None:
+            self.noted[worker.id] = torch.tensor([os.getpid(), index])
+
+    def file_of(self, index):
+        """The image file that the item `index` is of."""
+        raise NotImplementedError
+
+
+@contextmanager
+def naming_files(dataset):
+    """Turns what a loader process of a ReadInTurn fails by, or its death, into a DataError that names the file."""
+    try:
+        yield
+    except DataError as error:  # of a loader process it holds a whole traceback
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        dead = set(map(int, re.findall(r"\d+", str(error))))
+        files = [str(dataset.file_of(index)) for pid, index in dataset.noted.tolist() if pid in dead]
+        raise DataError(f"{', '.join(files) or 'a file'}: a loader process died while it read this "
+                        f"({process.one_line(error, 80)}); is it whole? for lack of memory, lower --workers") from error
+
+
 # -------------------------------------------------------------------------------- segmentation: crops and augmentation
-class Crops(torch.utils.data.Dataset):
+class Crops(ReadInTurn):
     """Random tiles of the training fields, augmented: image (C, tile, tile) float32, mask (tile, tile) int64.
 
     An epoch draws from each field as many crops as tiles cover its area. Each crop has a random state of its own, from
@@ -447,10 +546,14 @@ class Crops(torch.utils.data.Dataset):
         return len(self.owner)
 
     def __getitem__(self, index):
+        self.note(index)
         rng = np.random.default_rng((self.seed, self.epoch, index))
         field = self.fields[self.owner[index]]
         image, mask = random_crop(field.image, field.mask, self.tile, rng)
         return image, mask.long()
+
+    def file_of(self, index):
+        return self.fields[self.owner[index]].record.image
 
 
 def random_crop(image, mask, tile, rng):
@@ -558,8 +661,7 @@ def read_labelled(records, classes, size, interpolation="bicubic", what="picture
         kept = torch.empty(len(records), 3, size, size, dtype=torch.uint8)
         with ThreadPoolExecutor() as pool:
             read = pool.map(pictures.__getitem__, range(len(records)))
-            for i, picture in enumerate(tqdm(read, f"reading {what}", len(records), unit="image", leave=False,
-                                             disable=None)):
+            for i, picture in enumerate(process.progress(read, f"reading {what}", total=len(records))):
                 kept[i] = picture
         pictures = kept
     return Labelled(records, classes, truth, pictures)
@@ -579,7 +681,7 @@ AUGMENTATIONS = {
         v2.RandomVerticalFlip(), v2.RandomHorizontalFlip()])}
 
 
-class AugmentedPictures(torch.utils.data.Dataset):
+class AugmentedPictures(ReadInTurn):
     """Training pictures of a Labelled: uint8 (3, S, S), augmented, and their truth (classes,) float32.
 
     chosen: the indices that an epoch goes through. Each picture is drawn with random numbers of its own, from (seed,
@@ -587,18 +689,23 @@ class AugmentedPictures(torch.utils.data.Dataset):
     """
 
     def __init__(self, labelled, chosen, seed=0, augment=AUGMENTATIONS["paper"]):
-        self.pictures, self.truth, self.augment = labelled.pictures, labelled.truth.float(), augment
+        self.records, self.pictures, self.truth = labelled.records, labelled.pictures, labelled.truth.float()
+        self.augment = augment
         self.chosen, self.seed, self.epoch = chosen, seed, 0
 
     def __len__(self):
         return len(self.chosen)
 
     def __getitem__(self, place):
+        self.note(place)
         index = int(self.chosen[place])
         with torch.random.fork_rng(devices=[]):  # v2 draws from torch's own generator
             torch.random.default_generator.manual_seed(
                 int(np.random.default_rng((self.seed, self.epoch, index)).integers(2 ** 63)))
             return self.augment(self.pictures[index]), self.truth[index]
+
+    def file_of(self, place):
+        return self.records[self.chosen[place]].image
 
 
 def make_folds(records, count, seed=77):
@@ -630,273 +737,6 @@ def make_folds(records, count, seed=77):
     return [sorted(fold) for fold in folds]
 
 
-# ------------------------------------------------------------------------------------ writing data folders, and check
-def write_synthetic(folder, seed=77):
-    """Writes the synthetic set: inForm-style TIFFs of eight stains with an RGB thumbnail, masks of nucleus labels, more
-    thumbnails without masks, segmentation.csv and classification.csv. The same seed gives the same bytes. Raises
-    DataError."""
-    folder = Path(folder).resolve()
-    _refuse_filled(folder)
-    work = folder.with_name(folder.name + ".part")  # renamed when whole, so that an interruption leaves no half set
-    work.mkdir(parents=True, exist_ok=True)
-    segmentation, classification = [], []
-    jobs = [(split, patient, number) for split, patients in synthetic.PATIENTS.items() for patient in patients
-            for number in range(synthetic.FIELDS_PER_PATIENT + synthetic.PICTURES_PER_PATIENT)]
-    for split, patient, number in tqdm(jobs, "synthetic fields", unit="field", leave=False, disable=None):
-        stains, labels, phenotypes = synthetic.draw_field(np.random.default_rng((seed, patient)),
-                                                          np.random.default_rng((seed, patient, 1 + number)))
-        slide = f"SYN{patient:02d}"
-        name = f"{slide}_[{9000 + 400 * number},{41000 + 350 * patient}]_component_data.tif"
-        if number < synthetic.FIELDS_PER_PATIENT:
-            synthetic.write_inform(work / name, slide, stains)
-            tifffile.imwrite(work / f"{name}Mask.tif", labels, compression="zlib", metadata=None)
-            segmentation.append((name, f"{name}Mask.tif", split, slide))
-        else:
-            name = name.replace("component_data.tif", "thumbnail.png")
-            Image.fromarray(synthetic.thumbnail(stains)).save(work / name)
-        classification.append((name, ";".join(phenotypes), split, slide))
-    _write_csv(work / "segmentation.csv", ("image", "mask", "split", "patient"), segmentation)
-    _write_csv(work / "classification.csv", ("image", "labels", "split", "patient"), classification)
-    if folder.exists():
-        folder.rmdir()
-    work.rename(folder)
-
-
-def import_dsb2018(source, folder, seed=77):
-    """Writes a data folder from the Data Science Bowl 2018 download (stage1_train/ID/images, ID/masks): grey images,
-    masks of nucleus labels, segmentation.csv with 70 % / 15 % / 15 % of the fields drawn by `seed`.
-
-    Only fluorescence fields are taken: colourless, with a dark background. Returns lines that say what was done.
-    """
-    source, folder = Path(source), Path(folder)
-    fields = sorted(path for path in source.glob("*") if (path / "images").is_dir() and (path / "masks").is_dir())
-    if not fields:
-        raise DataError(f"{source}: holds no folders ID/images and ID/masks; give the download's stage1_train")
-    _refuse_filled(folder)
-    for name in ("images", "masks"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    taken = []
-    for field in tqdm(fields, "importing", unit="field", leave=False, disable=None):
-        pictures = sorted((field / "images").glob("*.png"))
-        if len(pictures) != 1:
-            raise DataError(f"{field / 'images'}: holds {len(pictures)} PNG files; it must be one")
-        image = _channels_first(_read_picture(pictures[0]))                             # (1 or 3, H, W)
-        if (image != image[:1]).any() or np.median(image) > 127:
-            continue
-        labels = np.zeros(image.shape[1:], np.uint16)
-        for number, path in enumerate(sorted((field / "masks").glob("*.png")), 1):
-            mask = read_mask(path)
-            if mask.shape != labels.shape:
-                raise DataError(f"{path}: is {_size(mask)} pixels, its image {_size(labels)}; they must be equal")
-            labels[mask] = number
-        Image.fromarray(image[0]).save(folder / "images" / f"{field.name}.png")
-        Image.fromarray(labels).save(folder / "masks" / f"{field.name}.png")
-        taken.append(field.name)
-    random.Random(seed).shuffle(taken)
-    held = round(0.15 * len(taken))
-    split = ["test"] * held + ["validation"] * held + ["train"] * (len(taken) - 2 * held)
-    _write_csv(folder / "segmentation.csv", ("image", "mask", "split"),
-               sorted((f"images/{name}.png", f"masks/{name}.png", s) for name, s in zip(taken, split)))
-    left = len(fields) - len(taken)
-    return [f"{folder}: {len(taken)} fluorescence fields; {left} coloured or bright-field ones left out"]
-
-
-def import_dedl_csv(csv_file, images, folder, seed=77, test_csv=None):
-    """Writes a data folder from the paper's csv: columns file and label, labels like [0, 3] by place in PAPER_CLASSES.
-
-    The files are looked for by name, with or without extension, below `images`. Those below `folder` already stay where
-    they are, of others the picture that is classified is written there as PNG. The rows of `test_csv` are the test;
-    without it a fifth is drawn by `seed`, whole patients (slides, in inForm's names) where there are several.
-    Returns lines that say what was done.
-    """
-    images, folder = Path(images), Path(folder)
-    if not images.is_dir():
-        raise DataError(f"{images}: no such folder; give the one that holds the pictures")
-    if (folder / "classification.csv").exists():
-        raise DataError(f"{folder / 'classification.csv'}: is there already; give another folder")
-    names, stems = {}, {}
-    for path in sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGES):
-        names.setdefault(path.name, []).append(path)
-        stems.setdefault(path.stem, []).append(path)
-    records, taken = [], set()
-    for file, split in ((csv_file, "train"), (test_csv, "test")):
-        for line, row in _read_csv(Path(file), ("file", "label"), "file,label") if file else ():
-            name = Path((row["file"] or "").replace("\\", "/")).name
-            found = names.get(name) or stems.get(name, [])
-            if len(found) != 1:
-                raise DataError(f"{file}, line {line}: {len(found)} images below {images} are named {name!r}; there "
-                                f"must be one")
-            if not re.fullmatch(r"\s*\[\s*(\d+\s*(,\s*\d+\s*)*)?\]\s*", row["label"] or ""):
-                raise DataError(f"{file}, line {line}: label {row['label']!r} is not a list of numbers like [0, 3]")
-            numbers = sorted({int(number) for number in re.findall(r"\d+", row["label"])})
-            if numbers and numbers[-1] >= len(PAPER_CLASSES):
-                raise DataError(f"{file}, line {line}: label {row['label']} has a number above "
-                                f"{len(PAPER_CLASSES) - 1}; the classes are {', '.join(PAPER_CLASSES)}")
-            if found[0] in taken:
-                raise DataError(f"{file}, line {line}: file {name!r} has a row already; give it one")
-            taken.add(found[0])
-            records.append(Record(found[0], split, _slide(found[0]), labels=tuple(PAPER_CLASSES[n] for n in numbers)))
-    said = [] if test_csv or len(records) < 2 else [_move(records, "test", seed)]
-    if not any(record.patient for record in records):
-        said.append("no patient is told by the names (SLIDE_[x,y]...): images of one patient may be in train and test")
-    for record in tqdm(records, "importing", unit="image", leave=False, disable=None):
-        if not record.image.resolve().is_relative_to(folder.resolve()):
-            picture = Image.fromarray(np.moveaxis(read_picture(record.image), 0, -1))
-            record.image = folder / "images" / f"{record.image.name}.png"
-            record.image.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(record.image)
-    _write_csv(folder / "classification.csv", ("image", "labels", "split", "patient"),
-               [(record.image.resolve().relative_to(folder.resolve()).as_posix(), ";".join(record.labels), record.split,
-                 record.patient) for record in records])
-    return [f"{folder}: {len(records)} images", *said]
-
-
-def check(folder, channels=("DAPI",)):
-    """What is in a data folder: (lines that describe it, one line for each thing that is wrong)."""
-    folder, lines, problems = Path(folder), [], []
-    for task in [task for task, (file, _) in MANIFESTS.items() if (folder / file).is_file()] or ["seg"]:
-        _check_task(folder, task, channels, lines, problems)
-    return lines, list(dict.fromkeys(problems))
-
-
-def _check_task(folder, task, channels, lines, problems):
-    """Adds to lines and problems what a data folder holds for one task."""
-    records, said = find_records(folder, problems=problems, task=task, needs_validation=task == "seg")
-    lines += said
-    classes, kinds, split_of = class_names(records), {}, {}                     # kinds: {names of the channels: sizes}
-    for split in SPLITS:
-        rows = [record for record in records if record.split == split]
-        patients = sorted({record.patient for record in rows if record.patient})
-        lines.append(f"{split}: {len(rows)} images" + (f" of {len(patients)} patients" if patients else ""))
-        problems += [f"patient {patient} is in two splits, {split_of[patient]} and {split}: what is tested was trained "
-                     f"on" for patient in patients if split_of.setdefault(patient, split) != split]
-        if not rows and (task, split) != ("cls", "validation"):
-            problems.append(f"there are no rows of split {split}")
-        counts = {name: sum(name in record.labels for record in rows) for name in classes}
-        if task == "cls":
-            lines.append("  " + ", ".join(f"{name} {count}" for name, count in counts.items()) +
-                         f"; {sum(not record.labels for record in rows)} without any label")
-        if split == "train":
-            problems += [f"label {name!r} has no training image: it cannot be learnt" for name in classes
-                         if not counts[name]]
-        nuclei = pixels = 0
-        for record in tqdm(rows, f"reading {split}", unit="image", leave=False, disable=None):
-            try:
-                field = read_field(record, channels) if task == "seg" else None
-                image = field.image if field else read_picture(record.image)
-            except DataError as error:
-                problems.append(str(error))
-                continue
-            kinds.setdefault(field.channels if field else ("RGB",), set()).add(_size(image))
-            if image.min() == image.max():
-                problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
-            if field:
-                nuclei, pixels = nuclei + int(field.mask.sum()), pixels + field.mask.numel()
-                if not field.mask.any():
-                    problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this field?")
-        if pixels:
-            lines.append(f"  {nuclei / pixels:.1%} of the pixels are nucleus")
-    for names, sizes in kinds.items():
-        lines.append(f"channels {', '.join(names)}; sizes {', '.join(sorted(sizes)[:8])}"
-                     f"{' ...' if len(sizes) > 8 else ''}")
-    if len({len(names) for names in kinds}) > 1:
-        problems.append("images have different numbers of channels; a network takes one number")
-
-
-def _refuse_filled(folder):
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder}: is there already; give a new or empty folder")
-
-
-def _write_csv(path, columns, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-
-
-# --------------------------------------------------------------------------------------------------------- command line
-def fail(message):
-    """Ends the program as every script here ends on bad input: one line on stderr, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def command(main, argv=None, errors=()):
-    """Runs a script's main: what the user can mend (DataError, OSError, `errors`) ends by fail, without traceback."""
-    try:
-        main(argv)
-    except OSError as error:
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
-    except (DataError, *errors) as error:
-        fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-def number(kind, low, high=10 ** 9):
-    """A type for argparse: an int or float from `low` to `high`."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-    parse.__name__ = f"{kind.__name__} (from {low} to {high})"  # argparse shows it: invalid ... value
-    return parse
-
-
-SEED = number(int, 0, 2 ** 31)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help and errors of one line."""
-
-    def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-
-    def error(self, message):
-        fail(f"{message} (see --help)")
-
-
-def main(argv=None):
-    parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    built_in = commands.add_parser("synthetic", description="Writes the built-in synthetic set to a new folder.")
-    built_in.add_argument("out", metavar="OUT", type=Path)
-    dsb2018 = commands.add_parser("dsb2018", description="Imports the Data Science Bowl 2018 download.")
-    dsb2018.add_argument("source", metavar="STAGE1_TRAIN", type=Path)
-    dsb2018.add_argument("out", metavar="OUT", type=Path)
-    dedl_csv = commands.add_parser("dedl-csv", description="Imports the paper's csv: file,label; labels like [0, 3].")
-    dedl_csv.add_argument("csv", metavar="CSV", type=Path)
-    dedl_csv.add_argument("images", metavar="IMAGES", type=Path, nargs="?", help="where its files lie [beside the csv]")
-    dedl_csv.add_argument("out", metavar="OUT", type=Path)
-    dedl_csv.add_argument("--test", metavar="CSV", type=Path, help="the csv of the test images [a fifth is drawn]")
-    for command in (built_in, dsb2018, dedl_csv):
-        command.add_argument("--seed", type=SEED, default=77, help="[77]")
-    checks = commands.add_parser("check", description="Says what is found in a data folder, and what is wrong with it.")
-    checks.add_argument("dir", metavar="DIR", type=Path)
-    checks.add_argument("--channel", default="DAPI", help="pages of multi-page TIFFs, by name [DAPI]")
-    args = parser.parse_args(argv)
-    if args.command == "synthetic":
-        write_synthetic(args.out, args.seed)
-        print(f"{args.out}: written; look at it with: python data.py check {args.out}")
-    elif args.command == "dsb2018":
-        print(*import_dsb2018(args.source, args.out, args.seed), sep="\n")
-    elif args.command == "dedl-csv":
-        print(*import_dedl_csv(args.csv, args.images or args.csv.parent, args.out, args.seed, args.test), sep="\n")
-    else:
-        lines, problems = check(args.dir, channel_names(args.channel))
-        print(*lines, *(f"PROBLEM {problem}" for problem in problems), sep="\n")
-        if problems:
-            fail(f"{args.dir}: {len(problems)} problems, listed above")
-        print("no problems found")
-
-
-def channel_names(text):
-    """The value of --channel as names: "DAPI,CD4" -> ("DAPI", "CD4"). Raises DataError if it holds none."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise DataError(f"--channel {text!r}: names no page; give one or more, as in DAPI,CD4")
-    return names
-
-
 if __name__ == "__main__":
-    command(main)
+    import folders  # imports this file, as `data`
+    process.command(folders.main, errors=(folders.data.DataError,))

@@ -103,7 +103,7 @@ class ConvAPP(nn.Module):
         classes = torch.arange(logits.shape[1], device=truth.device)[:, None, None]
         one_hot = (truth[:, None] == classes).float()                                  # (N, C, H, W)
         embedding = self.autoencoder.encode(one_hot)                                   # (N, E, H/8, W/8)
-        own = F.cross_entropy(self.autoencoder.decode(embedding, truth.shape[-2:]).float(), truth)
+        own = cross_entropy(self.autoencoder.decode(embedding, truth.shape[-2:]).float(), truth)
         target = embedding.detach().float()
         self.variance.lerp_(target.var((0, 2, 3)).mean(), 0.1)
         self.autoencoder.requires_grad_(False)  # the gradient passes through E to the logits and stops there
@@ -120,7 +120,7 @@ class LinearAPP(nn.Module):
         self.autoencoder = RowAutoencoder(width, activation)
 
     def forward(self, logits, truth, class_weights=None):
-        penalty = F.cross_entropy(self.autoencoder(logits).float(), truth, class_weights)
+        penalty = cross_entropy(self.autoencoder(logits).float(), truth, class_weights)
         return penalty, torch.zeros_like(penalty)
 
 
@@ -132,6 +132,15 @@ def build_app(form, width, classes=2, activation="gelu"):
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
+def cross_entropy(logits, truth, class_weights=None):
+    """F.cross_entropy, the weighted mean, of logits (N, C, H, W) and truth (N, H, W). A GPU sums it in the order in
+    which its threads come; where deterministic algorithms are asked for, the pixels' losses are summed after."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.cross_entropy(logits, truth, class_weights)
+    loss = F.cross_entropy(logits, truth, class_weights, reduction="none")                   # (N, H, W)
+    return loss.mean() if class_weights is None else loss.sum() / class_weights[truth].sum()
+
+
 class FocalLoss(nn.Module):
     """Focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5) of multi-label logits, mean over images and classes:
 

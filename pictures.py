@@ -1,19 +1,20 @@
 """The pictures that train.py and test.py write into a run's folder: PNG sheets of images with truth and prediction."""
-import os
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+import process
 
 # contours in colours that colour-blind people tell apart (Okabe & Ito)
 TRUTH, PREDICTED, BOTH = (86, 180, 233), (230, 159, 0), (255, 255, 255)
 
 
 def save_samples(fields, masks, file, most=4, side=256):
-    """input | truth | prediction of up to `most` fields, evenly taken, the middle side x side pixels of each."""
-    rows = []
-    for i in np.linspace(0, len(fields) - 1, min(most, len(fields))).round().astype(int):
+    """input | truth | prediction of up to `most` fields that have a mask (each process has those of its own fields),
+    evenly taken, the middle side x side pixels of each."""
+    rows, found = [], [i for i, mask in enumerate(masks) if mask is not None]
+    for place in np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int):
+        i = found[place]
         window = middle(fields[i].mask.shape, side)
         image = as_picture(fields[i].image)[window]
         truth, predicted = (np.repeat(mask.numpy()[window][..., None] * np.uint8(255), 3, 2)
@@ -91,6 +92,5 @@ def save_grid(rows, file, gap=6, strip=20):
                     line = line[:-4] + "..."
                 draw.text((x, y + 16 * number), line, (230, 230, 230), font)
             canvas.paste(Image.fromarray(cell), (x, y + strip))
-    temporary = file.with_suffix(".tmp")
-    canvas.save(temporary, "PNG")
-    os.replace(temporary, file)  # whoever is looking at the old picture sees it whole
+    with process.replacing(file) as handle:  # whoever is looking at the old picture sees it whole
+        canvas.save(handle, "PNG")

@@ -5,6 +5,7 @@ import ctypes
 import json
 import math
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 
 import data
 import dedl
+import folders
 import models
+import process
 
 RUNS = Path("runs")
 # Fields are predicted by larger tiles than they are trained by, most of them whole: at a tile's border the network sees
@@ -23,13 +26,19 @@ PREDICTION_BATCH = 1 << 19  # pixels: small fields of one size are predicted tog
 SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic-v2"  # the number rises when data.py makes other pictures
 
 
+CONFIG = dict(task=str, data=str, seed=int, images=dict, setting=dict, weights_used=str)  # what others need of a config
+CONFIG_OF = {"seg": dict(channel=str), "cls": dict(model=str, image_size=int, folds=int, classes=list)}
+
+
 class RunError(ValueError):
     """A run's folder, checkpoint or setting is not usable; the message is one line, fit to be shown."""
 
 
 def command(main, argv=None):
     """Runs the main of train.py or test.py; what the user can mend ends as one line on stderr and exit status 2."""
-    data.command(main, argv, errors=(models.ModelError, RunError))
+    process.command(main, argv, (data.DataError, models.ModelError, RunError),
+                    memory="lower --batch-size, then --tile or --image-size; or take a smaller --encoder or --model, "
+                           "--depth 5, or --amp bf16")
 
 
 # ------------------------------------------------------------------------------------------------- device and precision
@@ -67,6 +76,7 @@ def choose_compute(device="auto", amp="auto", keep_memory=True):
             amp = "bf16" if device == "cpu" and _cpu_has_fast_bf16() else "off"
     if device == "cpu" and keep_memory:
         _keep_freed_memory()
+        _limit_memory()
     return Compute(torch.device(device), {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])
 
 
@@ -81,6 +91,22 @@ def _keep_freed_memory():
     mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the heap's free end stays
 
 
+def _limit_memory():
+    """Takes no more memory than the machine, or its container, has: then too much ends in an error that can be said;
+    else the kernel kills the process."""
+    try:
+        import resource  # not on Windows
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            found = Path(file).read_text().strip() if Path(file).is_file() else ""
+            have = min(have, int(found)) if found.isdigit() else have
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if soft == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_DATA, (have, hard))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
 def _cpu_has_fast_bf16():
     """Whether the CPU multiplies bf16 in hardware; elsewhere bf16 is emulated and slower than float32."""
     return any(getattr(torch.cpu, test, bool)() for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
@@ -91,7 +117,7 @@ def synthetic_folder():
     """The built-in synthetic set, made on first use."""
     if not (SYNTHETIC / "segmentation.csv").is_file():
         print(f"making the built-in synthetic set in {SYNTHETIC} ...", flush=True)
-        data.write_synthetic(SYNTHETIC)
+        folders.write_synthetic(SYNTHETIC)
     return SYNTHETIC.resolve()
 
 
@@ -131,22 +157,27 @@ def read_config(run):
         config = json.loads((run / "config.json").read_text())
     except FileNotFoundError as error:
         raise RunError(f"{run}: has no config.json; is it the folder of a run?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{run / 'config.json'}: is not JSON") from error
-    if not isinstance(config, dict) or not all(isinstance(config.get(key), str) for key in ("data", "task")):
-        raise RunError(f"{run / 'config.json'}: is not what train.py writes")
+    task = config.get("task") if isinstance(config, dict) else None
+    for name, kind in {**CONFIG, **CONFIG_OF.get(task, {})}.items():
+        if task not in CONFIG_OF or not isinstance(config.get(name), kind):
+            raise RunError(f"{run / 'config.json'}: is not what train.py writes: it must hold {name}, {kind.__name__}")
     return config
 
 
 def save_json(values, file):
-    file.write_text(json.dumps(values, indent=2) + "\n")
+    with process.replacing(file, "w") as handle:
+        handle.write(json.dumps(values, indent=2) + "\n")
 
 
 def save_checkpoint(values, file):
-    """Writes tensors and plain values; the file is replaced at once, so a crash leaves the old one."""
-    temporary = file.with_suffix(".tmp")
-    torch.save(values, temporary)
-    os.replace(temporary, file)
+    """Writes tensors and plain values; a crash or a full disk leaves the old file."""
+    with process.replacing(file) as handle:
+        try:
+            torch.save(values, handle)
+        except RuntimeError as error:  # of torch's writer, over what stopped it: a full disk, an interruption
+            raise (error.__context__ or error) from None
 
 
 def load_checkpoint(file, *keys):
@@ -154,25 +185,48 @@ def load_checkpoint(file, *keys):
     if not file.is_file():
         raise RunError(f"{file}: no such file; is {file.parent} the folder of a run?")
     try:
+        with zipfile.ZipFile(file) as whole:  # torch does not look at its checksums
+            if damaged := whole.testzip():
+                raise ValueError(f"{damaged} is damaged")
         values = torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # unpickling and zip errors have no common kind
-        detail = " ".join(str(error).split())[:100]
-        raise RunError(f"{file}: is not a checkpoint, a file of tensors and plain values ({detail})") from error
+        raise RunError(f"{file}: is not a checkpoint, a file of tensors and plain values "
+                       f"({process.one_line(error, 100)})") from error
     if not isinstance(values, dict) or not all(key in values for key in keys):
         raise RunError(f"{file}: is another file's checkpoint; it must hold {', '.join(keys)}")
     return values
 
 
-def load_best(folder, build, compute):
-    """The network that the best.pt of a run or a fold holds, made by `build`, in eval mode on the device, and the
-    checkpoint's other values. Raises RunError."""
-    checkpoint = load_checkpoint(folder / "best.pt", "setting", "model")
+def load_best(folder, build, compute, config):
+    """The network that the best.pt of a run or a fold holds, made by `build`, in eval mode on the device. Raises
+    RunError, also where the checkpoint is not of the run with this config."""
+    file = folder / "best.pt"
+    checkpoint = load_checkpoint(file, "setting", "model")
+    same_setting(file, checkpoint, config)
     try:
         model = build(**checkpoint["setting"])
         model.load_state_dict(checkpoint.pop("model"))
-    except (RuntimeError, TypeError) as error:
-        raise RunError(f"{folder / 'best.pt'}: its tensors do not fit its setting") from error
-    return model.to(compute.device, memory_format=torch.channels_last).eval(), checkpoint
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise RunError(f"{file}: its tensors do not fit its setting") from error
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise RunError(f"{file}: has weights that are NaN or infinite; its training has diverged")
+    return model.to(compute.device, memory_format=torch.channels_last).eval()
+
+
+def same_setting(file, checkpoint, config):
+    """Raises RunError, with the first difference, where a checkpoint is not of the run with this config."""
+    differences = [(name, checkpoint.get(name), config.get(name)) for name in ("classes", "weights_used")
+                   if name in checkpoint]
+    theirs, ours = checkpoint["setting"], config.get("setting")
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        differences += [(name, theirs.get(name), ours.get(name)) for name in {**theirs, **ours}]
+    else:
+        differences.append(("setting", theirs, ours))
+    for name, there, here in differences:
+        if there != here:
+            raise RunError(f"{file}: is of another run than the config.json: {name} {there}, not {here}")
 
 
 def fold_folders(run):
@@ -226,17 +280,23 @@ def predict_eight_ways(model, images, compute):
 
 @torch.inference_mode()
 def evaluate(model, fields, compute, class_weights=None, progress=iter, predict=predict):
-    """Predicts all fields: pixel counts (fields, 4), the mean cross-entropy, and the predicted masks (H, W) bool."""
+    """Predicts all fields: pixel counts (fields, 4), the mean cross-entropy, and the predicted masks (H, W) bool.
+
+    Of several processes each predicts a part of the fields. Counts and loss are of all fields in each of them, the
+    masks of the others' fields are None.
+    """
     model = models.for_inference(model)
-    counts, masks, loss, weight = [None] * len(fields), [None] * len(fields), 0.0, 0.0
-    for indices in progress(_batches_of_one_size(fields)):
+    counts, masks = torch.zeros(len(fields), 4, dtype=torch.int64), [None] * len(fields)
+    loss = weight = 0.0
+    for indices in progress(_batches_of_one_size(fields)[process.rank()::process.world()]):
         logits = predict(model, torch.stack([fields[i].image for i in indices]), compute)     # (N, classes, H, W)
         truth = torch.stack([fields[i].mask for i in indices]).to(logits.device)              # (N, H, W)
         loss += F.cross_entropy(logits, truth.long(), class_weights, reduction="sum").item()
         weight += truth.numel() if class_weights is None else class_weights[truth.long()].sum().item()
         for i, predicted, mask in zip(indices, logits.argmax(1).bool(), truth):
             counts[i], masks[i] = dedl.confusion(predicted, mask).cpu(), predicted.cpu()
-    return torch.stack(counts), loss / weight, masks
+    loss, weight = process.total(torch.tensor([loss, weight], dtype=torch.float64)).tolist()
+    return process.total(counts), loss / weight, masks
 
 
 def _batches_of_one_size(fields):
@@ -255,30 +315,34 @@ def _batches_of_one_size(fields):
 @torch.inference_mode()
 def classify(model, pictures, compute, indices=None, flips=False, batch=32, progress=iter):
     """Logits (pictures, classes), float32 on the CPU, of pictures uint8 (3, S, S) by index. flips: the mean over the
-    picture as it is and mirrored along each side and both (test-time augmentation): four times the work."""
+    picture as it is and mirrored along each side and both (test-time augmentation): four times the work. Of several
+    processes each computes a part, and all get the whole."""
     model.eval()
     indices = range(len(pictures)) if indices is None else indices
-    logits = []
-    for start in progress(range(0, len(indices), batch)):
-        images = compute.batch(torch.stack([pictures[i] for i in indices[start:start + batch]]))     # (N, 3, S, S)
+    own, found = indices[process.rank()::process.world()], []
+    for start in progress(range(0, len(own), batch)):
+        images = compute.batch(torch.stack([pictures[i] for i in own[start:start + batch]]))         # (N, 3, S, S)
         with compute.autocast():
             # forward, not the call: torch.compile would compile anew for each size of batch
             ways = [model.forward(images.flip(axes) if axes else images).float()
                     for axes in ([(), (2,), (3,), (2, 3)] if flips else [()])]
-        logits.append(torch.stack(ways).mean(0).cpu())
-    return torch.cat(logits)                                                                            # (N, classes)
+        found.append(torch.stack(ways).mean(0).cpu())
+    parts = process.gather(torch.cat(found) if found else None)
+    logits = parts[0].new_empty(len(indices), parts[0].shape[1])
+    for number, part in enumerate(parts):
+        if part is not None:
+            logits[number::process.world()] = part
+    return logits                                                                                       # (N, classes)
 
 
 def save_probabilities(file, records, classes, probabilities, with_labels=False):
     """A CSV of image, with_labels the true labels joined by ';', and a column of probabilities a class."""
-    temporary = file.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as handle:
+    with process.replacing(file, "w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(["image", *(["labels"] if with_labels else []), *classes])
         for record, row in zip(records, probabilities.tolist()):
             writer.writerow([record.name, *([";".join(record.labels)] if with_labels else []),
                              *(f"{p:.6f}" for p in row)])
-    os.replace(temporary, file)
 
 
 def load_probabilities(file, classes):
@@ -292,7 +356,9 @@ def load_probabilities(file, classes):
         if not rows or any(len(row) != len(header) for row in rows):
             raise ValueError
         probabilities = torch.tensor([[float(p) for p in row[2:]] for row in rows])
-    except ValueError as error:
+        if not ((probabilities >= 0) & (probabilities <= 1)).all():
+            raise ValueError
+    except (ValueError, csv.Error) as error:
         raise RunError(f"{file}: is not what train.py writes for the classes {', '.join(classes)}") from error
     truth = torch.tensor([[name in row[1].split(";") for name in classes] for row in rows])
     return [row[0] for row in rows], probabilities, truth

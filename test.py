@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import data
 import dedl
 import models
 import pictures
+import process
 import runs
 
 
@@ -51,7 +51,7 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = data.Parser(description=__doc__)
+    parser = process.Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="folders of trained runs [the newest in runs/]")
     add("--data", type=Path, help="data folder [the run's own]")
@@ -84,7 +84,7 @@ def title(run, folder, args):
 def test_segmentation(run, config, compute, args):
     """Predicts a split with a run's best network; prints and writes what it finds."""
     # 1. the network and the images
-    model, _ = runs.load_best(run, models.build_segmenter, compute)
+    model = runs.load_best(run, models.build_segmenter, compute, config)
     folder, records = find_split(config, args)
     files = mask_files(records, args.save_masks) if args.save_masks else []
     fields = data.read_fields(records, data.channel_names(config["channel"]), f"{args.split} images")
@@ -93,7 +93,7 @@ def test_segmentation(run, config, compute, args):
         raise runs.RunError(f"{records[0].image}: has {len(fields[0].image)} channels; {run} was trained on {channels}")
 
     # 2. predict and measure
-    bar = partial(tqdm, desc=f"predicting {args.split}", unit="batch", leave=False, disable=None)
+    bar = partial(process.progress, what=f"predicting {args.split}", unit="batch")
     counts, loss, masks = runs.evaluate(model, fields, compute, progress=bar,
                                         predict=runs.predict_eight_ways if args.tta else runs.predict)
     scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss}
@@ -161,7 +161,7 @@ def test_classification(run, config, compute, args):
 
     # 4. the same numbers in print
     print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds")
-    epochs = {f"fold{fold}": len(folder.joinpath("metrics.csv").read_text().splitlines()) - 1
+    epochs = {f"fold{fold}": len(folder.joinpath("metrics.csv").read_text(errors="replace").splitlines()) - 1
               for fold, folder in runs.fold_folders(run).items()}  # shown, since a fold may not be finished
     rows = {**{f"{fold}, {epochs[fold]} epochs": scores for fold, scores in folds.items()}, "mean": mean,
             **({"std": deviation} if deviation else {}), "ensemble": at_half, "at thresholds": tuned,
@@ -181,12 +181,8 @@ def predict_by_folds(run, config, shown, compute, args):
     Raises RunError, also where one is of another run."""
     found = {}
     for fold, folder in runs.fold_folders(run).items():  # one network at a time in memory
-        model, best = runs.load_best(folder, models.build_classifier, compute)
-        for name in ("setting", "classes", "weights_used"):
-            if best.get(name) != config[name]:
-                raise runs.RunError(f"{folder / 'best.pt'}: is of another run than {run / 'config.json'}: {name} "
-                                    f"{best.get(name)}, not {config[name]}")
-        bar = partial(tqdm, desc=f"predicting, fold {fold}", unit="batch", leave=False, disable=None)
+        model = runs.load_best(folder, models.build_classifier, compute, config)
+        bar = partial(process.progress, what=f"predicting, fold {fold}", unit="batch")
         found[fold] = runs.classify(model, shown, compute, flips=args.tta, progress=bar).sigmoid()
     return found
 
@@ -208,7 +204,7 @@ def predict_labels(run, config, compute, args):
     records = [data.Record(path, "test", name=str(path)) for path in data.find_images(args.images)]
     found = data.PicturesOnDisk(records, config["image_size"], models.interpolation(config["model"]))
     shown, readable, unreadable = [], [], []
-    for i, record in enumerate(tqdm(records, "reading", unit="image", leave=False, disable=None)):
+    for i, record in enumerate(process.progress(records, "reading")):
         try:
             shown.append(found[i])                                                                      # (3, S, S)
             readable.append(record)

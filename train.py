@@ -6,27 +6,28 @@
     python train.py --task cls --data DIR               phenotypes, several an image, in a cross-validation of 6 folds
     python train.py --task cls --data DIR --fold 2      one of these folds alone
     python train.py --resume                            go on with the newest run after an interruption
+    torchrun --nproc-per-node 4 train.py ...            the same job on 4 devices, which share each batch
 """
 import argparse
 import csv
 import math
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import data
 import dedl
 import models
 import pictures
+import process
 import runs
 
 # What a flag that is not given falls back to. paper: the published recipe. short: one cycle to a large learning rate,
@@ -42,17 +43,22 @@ RECIPES = {
                           image_size=160)}}
 RECIPES["seg"]["synthetic"] = {**RECIPES["seg"]["short"], "batch_size": 8, "epochs": 3, "tile": 128}
 RECIPES["cls"]["synthetic"] = {**RECIPES["cls"]["short"], "lr": 1e-3, "epochs": 30, "image_size": 128}
-PLACE = ("out", "resume", "workers", "device", "amp", "fold")  # what is of a machine, not of the training
+PLACE = ("out", "resume", "workers", "device", "amp", "deterministic", "fold")  # of a machine, not of the training
 ONLY = {"seg": ("arch", "encoder", "depth", "app", "app_activation", "app_weight", "tile", "channel"),
         "cls": ("model", "image_size", "folds", "fold", "gamma", "swa")}  # flags of one task alone
 SWA_SHARE, SWA_RATE = 0.25, 0.25  # --swa averages over the last quarter of the epochs, at a quarter of the largest rate
+BAD_STEPS = 4   # so many steps one after another without finite gradients, and the run stops;
+BAD_FP16 = 20   # of fp16 some belong to it: by them its scale is found
 
 
 def main(argv=None):
     args = parse_args(argv)
     compute = choose_compute(args)
-    args.data = args.data or runs.synthetic_folder()
-    (train_segmentation if args.task == "seg" else train_classification)(args, compute)
+    try:
+        args.data = args.data or process.from_first(runs.synthetic_folder)
+        (train_segmentation if args.task == "seg" else train_classification)(args, compute)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(how_to_go_on(args)) from None
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -62,8 +68,8 @@ def make_parser():
             f"{task}: " + ", ".join(f"{name} {values[flag]}" for name, values in recipes.items())
             for task, recipes in RECIPES.items() if flag in recipes["paper"]) + "]"
 
-    parser = data.Parser(description=__doc__)
-    add, number = parser.add_argument, data.number
+    parser = process.Parser(description=__doc__)
+    add, number = parser.add_argument, process.number
     add("--task", choices=list(RECIPES), default="seg", help="seg: segment nuclei; cls: classify phenotypes [seg]")
     add("--data", type=Path, help="data folder (see README) [the built-in synthetic set, made on first use]")
     add("--out", type=Path, help="the run's folder [runs/<name that tells the setting>; to resume: the newest]")
@@ -78,10 +84,12 @@ def make_parser():
     add("--class-weights", type=class_weights, metavar="auto|equal|published|W0,W1,...", help="of the classes in the "
         "loss; auto: by how frequent they are in training; published: the paper's; or numbers: background,nucleus for "
         f"seg, the classes in alphabetical order for cls {default('class_weights')}")
-    add("--seed", type=data.SEED, default=77, help="[77]")
+    add("--seed", type=process.SEED, default=77, help="[77]")
     add("--workers", type=number(int, 0), help="loader processes [0 on a CPU, else up to 4]")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision [auto]")
+    add("--deterministic", action="store_true", help="let a GPU use only algorithms that give the same bits each "
+        "time; slower: cuDNN's fastest are not among them (a CPU's always are)")
     add("--compile", action="store_true", help="compile the network with torch.compile; each epoch then leaves "
         "out the tiles or pictures that fill no whole batch")
     add("--weights", default="auto", metavar="auto|imagenet|none|FILE", help="the first weights of the encoder or the "
@@ -116,8 +124,12 @@ def parse_args(argv=None):
     if args.resume:
         args.out = args.out or runs.newest_run("config.json")
         saved = runs.read_config(args.out)
-        parser.set_defaults(**{name: saved[name] for name in vars(args) if name in saved and name not in PLACE})
-        args = parser.parse_args(argv, argparse.Namespace(out=args.out))
+        settings = as_flags({name: saved.get(name) for name in vars(args) if name not in PLACE})
+        parser.source = f"{args.out / 'config.json'}: "
+        parser.parse_args(settings)
+        parser.source = ""
+        given = sys.argv[1:] if argv is None else argv
+        args = parser.parse_args([*settings, *given], argparse.Namespace(out=args.out))
     for name in ONLY["cls" if args.task == "seg" else "seg"]:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name.replace('_', '-')}: is not for --task {args.task}")
@@ -139,19 +151,37 @@ def parse_args(argv=None):
     return args
 
 
+def as_flags(settings):
+    """The command line that gives these settings."""
+    def text(value):
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={text(value)}")
+            for name, value in settings.items() if value is not None and value is not False]
+
+
+def how_to_go_on(args):
+    """What an interruption says at the end."""
+    if not args.out or not (args.out / "config.json").is_file():
+        return "interrupted before the first epoch; nothing is saved"
+    fold = "" if getattr(args, "fold", None) is None else f" --fold {args.fold}"
+    return (f"interrupted; {args.out} holds what the finished epochs left; go on with: "
+            f"python train.py --resume --out {args.out}{fold}")
+
+
 def refuse_other_settings(args, saved, may_change=PLACE):
     """Raises RunError if the run in args.out was started with other settings, `saved`, than `args`."""
     for name, value in vars(args).items():
         was = saved.get(name)
         if name not in may_change and was != (str(value) if isinstance(value, Path) else value):
-            raise runs.RunError(f"argument --{name.replace('_', '-')}: {args.out} was started with {was}, not {value}")
+            raise runs.RunError(f"argument --{name.replace('_', '-')}: the run of {args.out / 'config.json'} was "
+                                f"started with {was}, not {value}")
 
 
 def class_weights(text):
     """The type of --class-weights: auto, equal, published or a list of numbers."""
     if text in ("auto", "equal", "published"):
         return text
-    return [data.number(float, 1e-12)(value) for value in text.split(",")]
+    return [process.number(float, 1e-12)(value) for value in text.split(",")]
 
 
 class_weights.__name__ = "auto|equal|published|W0,W1,..."  # argparse shows it: invalid ... value
@@ -161,9 +191,9 @@ class_weights.__name__ = "auto|equal|published|W0,W1,..."  # argparse shows it: 
 def train_segmentation(args, compute):
     # 1. folder of the run, data
     name = f"seg-{args.data.name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}"
-    args.out = out = args.out if args.resume else runs.new_run(args.out, name)
+    args.out = out = args.out if args.resume else process.from_first(runs.new_run, args.out, name)
     records, said = data.find_records(args.data, args.seed)
-    print(*said, sep="\n")
+    print(*said, *notes(data.leaks(records)), sep="\n")
     train_fields, val_fields = load_splits(records, args)
     weights_of_classes = segmentation_weights(args.class_weights, train_fields)
     crops = data.Crops(train_fields, args.tile, args.seed)
@@ -172,9 +202,10 @@ def train_segmentation(args, compute):
     torch.manual_seed(args.seed)
     setting = dict(arch=args.arch, encoder=args.encoder, in_channels=len(train_fields[0].image), classes=2,
                    depth=args.depth, decoder_channels=list(models.default_decoder_channels(args.depth)))
-    resumes = args.resume and (out / "last.pt").is_file()  # not if it was interrupted in its first epoch
+    # not if it was interrupted in its first epoch
+    resumes = args.resume and process.from_first((out / "last.pt").is_file)
     model = models.build_segmenter(**setting, weights="none" if resumes else args.weights)
-    weights_used = runs.read_config(out)["weights_used"] if resumes else model.weights_used
+    weights_used = process.from_first(lambda: runs.read_config(out)["weights_used"] if resumes else model.weights_used)
     model = model.to(compute.device, memory_format=torch.channels_last)
     app = dedl.build_app(args.app, args.tile, activation=args.app_activation)
     app = app.to(compute.device) if app else None
@@ -182,8 +213,7 @@ def train_segmentation(args, compute):
     parts = {"model": model, "optimizer": optimizer, "scaler": compute.scaler(), **({"app": app} if app else {})}
 
     # 3. where the run stands
-    state = resume(out, parts) if resumes else dict(START)
-    out.mkdir(parents=True, exist_ok=True)
+    state = resume(out, parts, setting) if resumes else begin(out, parts)
     config = save_config(args, compute, model, setting=setting, weights_used=weights_used,
                          class_weights_used=weights_of_classes, channels=train_fields[0].channels,
                          images={split: sum(r.split == split for r in records) for split in data.SPLITS},
@@ -192,14 +222,14 @@ def train_segmentation(args, compute):
         model.compile()
     print(f"{out}: {args.arch}/{args.encoder}, {config['parameters'] / 1e6:.2f} M parameters, APP {args.app}, "
           f"{len(train_fields)} training and {len(val_fields)} validation images, {len(crops)} tiles of {args.tile} an "
-          f"epoch, {compute.device}, {config['amp']}", flush=True)
+          f"epoch, {where(compute)}", flush=True)
 
     # 4. the loop
     weight = torch.tensor(weights_of_classes, device=compute.device)
 
     def losses_of(logits, truth):
         """The loss that is minimised; cross-entropy and penalty, to be shown."""
-        cross_entropy = F.cross_entropy(logits, truth, weight)
+        cross_entropy = dedl.cross_entropy(logits, truth, weight)
         if not app:
             return cross_entropy, cross_entropy, torch.zeros_like(cross_entropy)
         penalty, own = app(logits, truth, weight)
@@ -210,11 +240,12 @@ def train_segmentation(args, compute):
         loader = make_loader(crops, args, compute, state["epoch"] + 1)
         (train_loss, penalty), speed = train_epoch(parts, loader, losses_of, compute, state["epoch"] + 1, args)
         counts, val_loss, masks = runs.evaluate(model, val_fields, compute, weight)
+        if process.rank() == 0:
+            pictures.save_samples(val_fields, masks, out / "samples.png")
         # best.pt: the network and what rebuilds it, nothing of its training: with or without APP it is the same
         state = end_epoch(out, state, parts, {"setting": setting, "model": model.state_dict()}, started, speed,
                           train_loss, val_loss, {"val_iou": dedl.segmentation_scores(counts)["iou"]},
                           {"app_penalty": penalty})
-        pictures.save_samples(val_fields, masks, out / "samples.png")
     print(f"done: best validation IoU {state['best']:.4f}; now: python test.py {out}")
 
 
@@ -226,34 +257,37 @@ def load_splits(records, args):
         if not found:
             raise runs.RunError(f"--data: {args.data} has no images of split {split}; training needs some")
     fields = data.read_fields(train + validation, data.channel_names(args.channel), "training and validation images")
+    print(*notes([f"{field.record.image}: the image is constant" for field in fields if not field.image.any()]),
+          *notes([f"{field.record.mask}: the mask is empty" for field in fields if not field.mask.any()]), sep="\n",
+          end="")
     return fields[:len(train)], fields[len(train):]
 
 
 def segmentation_weights(wish, fields):
-    """[background, nucleus] for the value of --class-weights. Raises RunError where auto has but one class to weigh."""
+    """[background, nucleus] for the value of --class-weights. Raises RunError where the masks show but one class."""
+    share = sum(int(f.mask.sum()) for f in fields) / sum(f.mask.numel() for f in fields)
+    if share in (0, 1):
+        raise runs.RunError(f"--data: {'every' if share else 'no'} pixel of the {len(fields)} training masks is "
+                            f"nucleus; there is nothing to tell apart; check the masks")
+    if wish == "auto":
+        return list(dedl.balanced_class_weights(share))
     if wish in ("equal", "published"):
         return list(dedl.PUBLISHED_CLASS_WEIGHTS) if wish == "published" else [1.0, 1.0]
-    if wish != "auto":
-        if len(wish) != 2:
-            raise runs.RunError(f"argument --class-weights: has {len(wish)} numbers; give background,nucleus")
-        return wish
-    share = sum(int(f.mask.sum()) for f in fields) / sum(f.mask.numel() for f in fields)
-    try:
-        return list(dedl.balanced_class_weights(share))
-    except ValueError as error:
-        raise runs.RunError(f"--class-weights auto: {error}; check the masks, or give W0,W1") from error
+    if len(wish) != 2:
+        raise runs.RunError(f"argument --class-weights: has {len(wish)} numbers; give background,nucleus")
+    return wish
 
 
 # ------------------------------------------------------------------------------------------------------- classification
 def train_classification(args, compute):
     # 1. folder of the run, data
     name = f"cls-{args.data.name}-{args.model}-seed{args.seed}"
-    args.out = out = args.out if args.resume else runs.new_run(args.out, name, args.fold)
-    begun = runs.read_config(out) if (out / "config.json").is_file() else None
+    args.out = out = args.out if args.resume else process.from_first(runs.new_run, args.out, name, args.fold)
+    begun = process.from_first(lambda: runs.read_config(out) if (out / "config.json").is_file() else None)
     if begun and not args.resume:  # one more fold of a run that is there
         refuse_other_settings(args, begun)
     records, said = data.find_records(args.data, args.seed, task="cls", needs_validation=args.folds == 1)
-    print(*said, sep="\n")
+    print(*said, *notes(data.leaks(records)), sep="\n")
     classes, images = data.class_names(records), {s: sum(r.split == s for r in records) for s in data.SPLITS}
     if begun and (begun["classes"], begun["images"]) != (classes, images):
         raise runs.RunError(f"{args.data / 'classification.csv'}: its classes or numbers of images are not those that "
@@ -265,29 +299,31 @@ def train_classification(args, compute):
     setting = dict(model=args.model, classes=len(classes), image_size=args.image_size)
     weights = begun["weights_used"] if begun else args.weights
     chosen = list(range(args.folds)) if args.fold is None else [args.fold]
-    if begun and args.fold is None and begun["fold"] is not None:  # begun fold by fold: go on with those that are there
+    if begun and args.fold is None and begun.get("fold") is not None:  # begun fold by fold: go on with those there
         chosen = [fold for fold in chosen if (out / f"fold{fold}").is_dir()]
     scores = []
     for fold in chosen:
-        if not args.resume and (out / f"fold{fold}").exists():
+        folder = out / f"fold{fold}"
+        if not args.resume and process.from_first(folder.exists):
             print(f"{out}, fold {fold}: another process has begun it by now; it is left to it")
             continue
         train, validation = folds[fold]
         torch.manual_seed(args.seed * 1000 + fold)
-        resumes = args.resume and (out / f"fold{fold}" / "last.pt").is_file()
+        resumes = args.resume and process.from_first((folder / "last.pt").is_file)
         model = models.build_classifier(**setting, weights="none" if resumes else weights)
         if not begun:
-            weights = model.weights_used  # decided once, not by a try to download in each fold
+            weights = process.from_first(getattr, model, "weights_used")  # not by a try to download in each fold
         weights_of_classes = classification_weights(args.class_weights, classes, labelled.truth[train])
-        (out / f"fold{fold}").mkdir(parents=True, exist_ok=True)
+        if process.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
         config = save_config(args, compute, model, setting=setting, weights_used=weights, classes=classes,
                              images=images, train_images_used=len(known) if args.folds > 1 else len(train),
-                             **({"fold": begun["fold"]} if begun else {}))
+                             **({"fold": begun.get("fold")} if begun else {}))
         print(f"{out}, fold {fold}: {args.model}, {config['parameters'] / 1e6:.2f} M parameters, {len(train)} training "
-              f"and {len(validation)} validation images of {args.image_size}, {compute.device}, {config['amp']}; class "
-              f"weights {', '.join(f'{n} {w:.2f}' for n, w in zip(classes, weights_of_classes))}", flush=True)
+              f"and {len(validation)} validation images of {args.image_size}, {where(compute)}; class weights "
+              f"{', '.join(f'{n} {w:.2f}' for n, w in zip(classes, weights_of_classes))}", flush=True)
         best = {"setting": setting, "classes": classes, "weights_used": weights, "class_weights": weights_of_classes}
-        scores.append(train_fold(out / f"fold{fold}", model, labelled, train, validation, best, compute, args, resumes))
+        scores.append(train_fold(folder, model, labelled, train, validation, best, compute, args, resumes))
     print(f"done: best validation micro-F1 {sum(scores) / max(1, len(scores)):.4f}, mean of {len(scores)} folds; now: "
           f"python test.py {out}")
 
@@ -347,7 +383,7 @@ def train_fold(out, model, labelled, train, validation, best, compute, args, res
     average = swa_utils.AveragedModel(model) if args.swa else None
     parts = {"model": model, "optimizer": make_optimizer(model.parameters(), args, compute),
              "scaler": compute.scaler(), **({"average": average} if args.swa else {})}
-    state = resume(out, parts) if resumes else dict(START)
+    state = resume(out, parts, best["setting"]) if resumes else begin(out, parts)
     focal = dedl.FocalLoss(gamma=args.gamma, class_weights=best["class_weights"]).to(compute.device)
     augmented = data.AugmentedPictures(labelled, train, args.seed, data.AUGMENTATIONS[args.recipe])
     val_records, val_truth = [labelled.records[i] for i in validation], labelled.truth[validation]
@@ -372,14 +408,16 @@ def train_fold(out, model, labelled, train, validation, best, compute, args, res
                 average.n_averaged.zero_()
                 state = {**state, "best": START["best"], "stale": 0}
             average.update_parameters(model)
-            with compute.autocast():
-                swa_utils.update_bn(tqdm(loader, "BatchNorm", leave=False, disable=None), average, compute.device)
+            with compute.autocast(), data.naming_files(augmented):
+                swa_utils.update_bn(process.progress(loader, "BatchNorm", "batch"), average, compute.device)
+            process.combine(float_buffers({"model": average}), 1 / process.world())
             network = average.module
         logits = runs.classify(network, labelled.pictures, compute, validation)
         probabilities = logits.sigmoid()
         scores = dedl.classification_scores(probabilities > 0.5, val_truth, classes)
         val_loss = focal(logits.to(compute.device), val_truth.to(compute.device).float()).item()
-        if is_better(state, scores["f1_micro"], val_loss):  # before best.pt: an interruption in between is made up for
+        # before best.pt: what an interruption in between leaves out is made again
+        if process.rank() == 0 and is_better(state, scores["f1_micro"], val_loss):
             runs.save_probabilities(out / "validation.csv", val_records, classes, probabilities, with_labels=True)
             pictures.save_labels(val_records, probabilities.numpy(), val_truth.numpy(), classes, out / "samples.png")
         state = end_epoch(out, state, parts, {**best, "model": network.state_dict()}, started, speed, train_loss,
@@ -393,7 +431,9 @@ def averages(epoch, args):
 
 
 # --------------------------------------------------------------------------------------------- shared by both trainings
-START = {"epoch": 0, "best": -1.0, "best_loss": math.inf, "stale": 0}  # of the loop; stale: epochs since the best one
+# of the loop; stale: epochs since the best one, history: the rows of metrics.csv. The learning rate, the batches, the
+# augmentation and what else is drawn follow from epoch and seed: nothing else needs to be kept to go on.
+START = {"epoch": 0, "best": -1.0, "best_loss": math.inf, "stale": 0, "history": []}
 
 
 def choose_compute(args):
@@ -401,7 +441,27 @@ def choose_compute(args):
     compute = runs.choose_compute(args.device, args.amp)
     if args.workers is None:  # on a CPU, loader processes would take the cores from the network
         args.workers = 0 if compute.device.type == "cpu" else min(4, os.cpu_count())
+    process.join(compute.device.type)
+    if args.batch_size < process.world():
+        raise runs.RunError(f"--batch-size {args.batch_size}: a batch is shared by the {process.world()} processes; "
+                            f"give at least as many, for BatchNorm better several times as many")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)  # warns of operations that have no such form
+        torch.utils.deterministic.fill_uninitialized_memory = False
     return compute
+
+
+def where(compute):
+    """Device and precision, to be shown."""
+    several = f" in {process.world()} processes" if process.world() > 1 else ""
+    return f"{compute.device}{several}, {str(compute.amp_dtype or torch.float32).removeprefix('torch.')}"
+
+
+def notes(lines, most=5):
+    """The lines as they are printed: marked, of many the first ones."""
+    more = [f"... {len(lines) - most} more like that"] if len(lines) > most else []
+    return [f"  NOTE: {line}" for line in lines[:most] + more]
 
 
 def limit(records, args):
@@ -413,13 +473,16 @@ def limit(records, args):
 
 
 def save_config(args, compute, model, **found):
-    """Writes config.json: the settings and what they led to. Returns it as dict."""
+    """Writes config.json, and the folder for it: the settings and what they led to. Returns it as dict."""
     config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, **found,
               "device": str(compute.device), "amp": str(compute.amp_dtype or torch.float32).removeprefix("torch."),
               "parameters": sum(p.numel() for p in model.parameters()),
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
-                           "numpy": np.__version__}, "threads": torch.get_num_threads(), "machine": platform.machine()}
-    runs.save_json(config, args.out / "config.json")
+                           "numpy": np.__version__}, "threads": torch.get_num_threads(), "processes": process.world(),
+              "machine": platform.machine()}
+    if process.rank() == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        runs.save_json(config, args.out / "config.json")
     return config
 
 
@@ -428,13 +491,41 @@ def make_optimizer(parameters, args, compute):
     return adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=compute.device.type != "mps")
 
 
+class Batches:
+    """The indices of each batch of an epoch, in an order drawn by `generator`. Of several processes each gets its part
+    of every batch; a rest too small to give each of them two images joins the batch before it.
+
+    drop_last: without a smaller batch at the end. whole: the batches that were last drawn, as all processes share them.
+    """
+
+    def __init__(self, count, size, generator, drop_last=False):
+        self.count, self.size, self.generator, self.whole = count, size, generator, []
+        rest = count % size
+        self.joins = process.world() > 1 and count > size and 0 < rest < 2 * process.world()
+        self.length = max(1, count // size) if drop_last or self.joins else math.ceil(count / size)
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        order = torch.randperm(self.count, generator=self.generator).tolist()
+        self.whole = [order[i * self.size:(i + 1) * self.size] for i in range(self.length)]
+        if self.joins:
+            self.whole[-1] += order[self.length * self.size:]
+        return (batch[process.rank()::process.world()] for batch in self.whole)
+
+
 def make_loader(dataset, args, compute, epoch, drop_last=False):
     """Batches of one epoch, in an order drawn from (seed, epoch). drop_last: without a smaller one at the end."""
+    if len(dataset) < process.world():
+        raise runs.RunError(f"--nproc-per-node: there are {len(dataset)} tiles or pictures to train on, for "
+                            f"{process.world()} processes; take fewer")
     dataset.epoch = epoch
+    dataset.noted = torch.zeros(args.workers, 2, dtype=torch.int64).share_memory_()
     drop_last = drop_last or (args.compile and len(dataset) > args.batch_size)  # another size would be compiled anew
-    return DataLoader(dataset, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=drop_last,
-                      pin_memory=compute.device.type == "cuda",
-                      generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+    return DataLoader(dataset, batch_sampler=Batches(len(dataset), args.batch_size, generator, drop_last),
+                      num_workers=args.workers, pin_memory=compute.device.type == "cuda", generator=generator)
 
 
 def unfinished(state, args):
@@ -446,37 +537,74 @@ def unfinished(state, args):
 
 def train_epoch(parts, loader, losses_of, compute, epoch, args):
     """One pass over the loader. losses_of(logits, truth) gives the loss that is minimised and the losses to be shown.
-    Returns the means of the latter and the speed in images/s. Raises RunError if a loss is not finite."""
+    Returns the means of the latter and the speed in images/s. A step without finite gradients is left out; RunError is
+    raised after BAD_STEPS of them."""
+    # dropout and its like draw anew in each epoch, so that a resumed run draws the same
+    torch.manual_seed(int(np.random.default_rng((args.seed, epoch, process.rank())).integers(2 ** 63)))
     model, optimizer, scaler = parts["model"].train(), parts["optimizer"], parts["scaler"]
-    sums, seen = 0, 0  # summed on the device: reading them waits for it
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    statistics = float_buffers(parts)
+    kept = [buffer.clone() for buffer in statistics]
+    sums = torch.zeros(0)  # of the losses; summed on the device: reading them waits for it
+    seen, bad, left_out = 0, 0, 0
     started = time.perf_counter()
-    bar = tqdm(loader, f"epoch {epoch}", unit="batch", leave=False, disable=None)
-    for step, (images, truth) in enumerate(bar):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch - 1 + step / len(loader))
-        images, truth = compute.batch(images), truth.to(compute.device, non_blocking=True)
-        try:
-            with compute.autocast():
-                logits = model(images).float()                      # (N, 2, tile, tile) or (N, classes)
-                loss, *shown = losses_of(logits, truth)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise runs.RunError(f"--batch-size {args.batch_size}: a batch of {len(images)} has no variance for "
-                                f"BatchNorm; take larger batches, or more images") from error
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        sums = sums + torch.stack(shown).detach() * len(images)
-        seen += len(images)
-        if step % 10 == 0 and not bar.disable:
-            speed = seen / (time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}, {speed:.1f} images/s")
-    means = (sums / seen).tolist()
-    if not math.isfinite(sum(means)):
-        raise runs.RunError(f"the loss is no longer finite in epoch {epoch}; lower --lr, or use --amp off")
-    return means, seen / (time.perf_counter() - started)
+    bar = process.progress(loader, f"epoch {epoch}", "batch")
+    with data.naming_files(loader.dataset):
+        for step, (images, truth) in enumerate(bar):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, epoch - 1 + step / len(loader))
+            images, truth = compute.batch(images), truth.to(compute.device, non_blocking=True)
+            torch._foreach_copy_(kept, statistics)
+            try:
+                with compute.autocast():
+                    logits = model(images).float()                  # (N, 2, tile, tile) or (N, classes)
+                    loss, *shown = losses_of(logits, truth)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise runs.RunError(f"--batch-size {args.batch_size}: a batch of {len(images)} has no variance for "
+                                    f"BatchNorm; take larger batches, or more images") from error
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            process.combine(gradients, len(images) / len(loader.batch_sampler.whole[step]))
+            scaler.unscale_(optimizer)
+            # not finite where one of the gradients, or a process's loss, is not
+            if (torch.nn.utils.get_total_norm(gradients) + process.total(loss.detach().clone())).isfinite():
+                scaler.step(optimizer)
+                sums = torch.stack(shown).detach() * len(images) + (sums if seen else 0)
+                seen, bad = seen + len(images), 0
+            else:
+                torch._foreach_copy_(statistics, kept)  # BatchNorm has seen the batch: it would never forget a NaN
+                bad, left_out = bad + 1, left_out + 1
+                if bad >= (BAD_FP16 if scaler.is_enabled() else BAD_STEPS):
+                    raise not_finite(loader, step - bad + 1, step, epoch, args)
+            scaler.update()
+            if step % 10 == 0 and not bar.disable and seen:
+                speed = seen / (time.perf_counter() - started)
+                bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}, {speed:.1f} images/s")
+    if not seen:
+        raise not_finite(loader, 0, left_out - 1, epoch, args)
+    if left_out:
+        print(*notes([f"{left_out} steps left out, since their gradients were not finite"]))
+    process.combine(statistics, 1 / process.world())
+    *sums, seen = process.total(torch.cat([sums, sums.new_tensor([seen])])).tolist()
+    return [value / seen for value in sums], seen / (time.perf_counter() - started)
+
+
+def not_finite(loader, first, last, epoch, args):
+    """The RunError for batches, counted from 0, whose loss or gradients are not finite."""
+    files = list(dict.fromkeys(loader.dataset.file_of(index) for index in loader.batch_sampler.whole[first]))
+    names = ", ".join(map(str, files[:8])) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+    kept = f"last.pt keeps the state after epoch {epoch - 1}" if epoch > 1 else "nothing was saved yet"
+    return runs.RunError(f"the loss or its gradient is not finite in epoch {epoch}, batches {first + 1} to {last + 1} "
+                         f"(the first of {names}); lower --lr, use --amp off, or check these images; {kept}")
+
+
+def float_buffers(parts):
+    """BatchNorm's statistics and the like, of which each process has its own."""
+    return [buffer for name in ("model", "app") if name in parts for buffer in parts[name].buffers()
+            if buffer.is_floating_point()]
 
 
 def learning_rate(args, epoch):
@@ -499,47 +627,71 @@ def is_better(state, value, val_loss):
 
 
 def end_epoch(out, state, parts, best, started, speed, train_loss, val_loss, score, more):
-    """Saves what an epoch leaves: best.pt where it is the best so far, last.pt, a row of metrics.csv. score:
-    {name: value}, more: further columns. Returns the new state."""
+    """Saves what an epoch leaves: best.pt where it is the best so far, last.pt, metrics.csv. score: {name: value},
+    more: further columns. Returns the new state. Raises RunError, and saves nothing, if the validation has failed."""
     (name, value), = score.items()
+    if not math.isfinite(val_loss):
+        raise runs.RunError(f"the validation loss is not finite after epoch {state['epoch'] + 1}, though training was; "
+                            f"lower --lr or use --amp off; nothing of this epoch was saved")
     better = is_better(state, value, val_loss)
-    state = {**state, "epoch": state["epoch"] + 1, "stale": 0 if better else state["stale"] + 1}
-    if better:
-        state.update(best=value, best_loss=val_loss)
-        runs.save_checkpoint({**best, "epoch": state["epoch"], **score}, out / "best.pt")
-    runs.save_checkpoint({**{part: object.state_dict() for part, object in parts.items()}, "state": state,
-                          "rng": torch.get_rng_state()}, out / "last.pt")
     seconds, lr = time.perf_counter() - started, parts["optimizer"].param_groups[0]["lr"]
-    add_row(out / "metrics.csv", {"epoch": state["epoch"], "train_loss": train_loss, "val_loss": val_loss, **score,
-                                  "lr": lr, "seconds": seconds, **more})
+    row = {"epoch": state["epoch"] + 1, "train_loss": train_loss, "val_loss": val_loss, **score, "lr": lr,
+           "seconds": seconds, **more}
+    state = {**state, "epoch": state["epoch"] + 1, "stale": 0 if better else state["stale"] + 1,
+             "history": [*state["history"], row], **({"best": value, "best_loss": val_loss} if better else {})}
+    if process.rank() == 0:  # in this order: whatever a kill leaves out, resuming from last.pt makes again
+        if better:
+            runs.save_checkpoint({**best, "epoch": state["epoch"], **score}, out / "best.pt")
+        runs.save_checkpoint({**{part: object.state_dict() for part, object in parts.items()}, "state": state,
+                              "setting": best["setting"]}, out / "last.pt")
+        save_metrics(state, out / "metrics.csv")
     print(f"epoch {state['epoch']:3d}  train loss {train_loss:.4f}  val loss {val_loss:.4f}  {name} {value:.4f}"
           f"{' *' if better else '  '}  {speed:.1f} images/s  {seconds:.0f} s", flush=True)
     return state
 
 
-def resume(out, parts):
+def save_metrics(state, file):
+    with process.replacing(file, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, state["history"][0])
+        writer.writeheader()
+        writer.writerows(state["history"])
+
+
+def clear(out):
+    """Removes what a kill has left half written."""
+    for name in ("config.json", "*.pt", "metrics.csv", "samples.png", "validation.csv") if process.rank() == 0 else ():
+        for file in out.glob(f"{name}.*.tmp"):
+            file.unlink()
+
+
+def begin(out, parts):
+    """The state of a new loop; all processes get the first one's weights."""
+    clear(out)
+    weights = [weight.data for group in parts["optimizer"].param_groups for weight in group["params"]]
+    process.combine([*weights, *float_buffers(parts)], float(process.rank() == 0))
+    return dict(START)
+
+
+def resume(out, parts, setting):
     """Puts everything where last.pt left it; returns the state of the loop."""
-    last = runs.load_checkpoint(out / "last.pt", *parts, "state", "rng")
+    clear(out)
+    file = out / "last.pt"
+    last = runs.load_checkpoint(file, *parts, "state", "setting")
+    runs.same_setting(file, last, {"setting": setting})
     try:
+        if set(last["state"]) != set(START) or not last["state"]["history"]:
+            raise ValueError
         for name, part in parts.items():
             if name != "scaler":
                 part.load_state_dict(last[name])
-    except (RuntimeError, ValueError) as error:
-        raise runs.RunError(f"{out / 'last.pt'}: does not fit the settings in config.json beside it") from error
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise runs.RunError(f"{file}: does not fit the settings in config.json beside it") from error
     if last["scaler"] and parts["scaler"].is_enabled():  # only fp16 has a scale, and the precision may change
         parts["scaler"].load_state_dict(last["scaler"])
-    torch.set_rng_state(last["rng"])
+    if process.rank() == 0:
+        save_metrics(last["state"], out / "metrics.csv")
     print(f"{out}: going on after epoch {last['state']['epoch']}")
     return last["state"]
-
-
-def add_row(file, row):
-    new = not file.exists()
-    with open(file, "a", newline="") as handle:
-        writer = csv.DictWriter(handle, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def test_the_ensemble_is_the_mean_probability(cross_validated):
     compute = runs.choose_compute("cpu", "off")
     records = [r for r in data.find_records(folder, task="cls")[0] if r.split == "test"]
     shown = data.PicturesOnDisk(records, 32, models.interpolation("test_resnet"))
-    networks = [runs.load_best(run / f"fold{k}", models.build_classifier, compute)[0] for k in range(3)]
+    config = runs.read_config(run)
+    networks = [runs.load_best(run / f"fold{k}", models.build_classifier, compute, config) for k in range(3)]
     of_fold = [runs.classify(network, shown, compute).sigmoid() for network in networks]
     test.main([str(run), "--device", "cpu", "--amp", "off"])
     written = torch.tensor([[float(p) for p in row[2:]] for row in read_csv(run / "test.csv")[1:]])
@@ -288,7 +289,8 @@ def test_batchnorm_is_refreshed_for_the_average(coloured, script, tmp_path):
     assert script(train, "--data", coloured, *CLASSIFY, "--epochs", 4, "--fold", 0, "--swa", "--out", tmp_path / "run",
                   "--batch-size", 64, "--amp", "off")[0] == 0
     fold = tmp_path / "run" / "fold0"
-    model, _ = runs.load_best(fold, models.build_classifier, runs.choose_compute("cpu", "off"))
+    config, compute = runs.read_config(fold.parent), runs.choose_compute("cpu", "off")
+    model = runs.load_best(fold, models.build_classifier, compute, config)
     held = {row[0] for row in read_csv(fold / "validation.csv")[1:]}
     records = [r for r in data.find_records(coloured, task="cls", needs_validation=False)[0]
                if r.split == "train" and r.name not in held]
@@ -342,7 +344,8 @@ def test_best_is_the_epoch_with_the_best_micro_f1_and_the_lower_loss(coloured, s
     monkeypatch.setattr(dedl.FocalLoss, "forward", forward)
     assert script(train, "--data", coloured, *CLASSIFY, "--epochs", 5, "--fold", 0, "--out", tmp_path / "run")[0] == 0
     best, last = (torch.load(tmp_path / "run" / "fold0" / name) for name in ("best.pt", "last.pt"))
-    assert best["epoch"] == 3 and last["state"] == {"epoch": 5, "best": 0.9, "best_loss": 2.0, "stale": 2}
+    assert best["epoch"] == 3 and len(last["state"].pop("history")) == 5
+    assert last["state"] == {"epoch": 5, "best": 0.9, "best_loss": 2.0, "stale": 2}
 
 
 def test_class_weights_of_a_fold_follow_its_training_rows(coloured, script, tmp_path):

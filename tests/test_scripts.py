@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import dedl
+import folders
 import runs
 import synthetic
 import test
@@ -78,6 +79,7 @@ def test_best_is_the_epoch_with_the_best_validation_iou(tiny, tmp_path, monkeypa
     train.main(["--data", str(tiny), "--out", str(tmp_path / "run"), *TRAIN, "--epochs", "9", "--patience", "2"])
     best, last = (torch.load(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
     assert best["epoch"] == 2 and best["val_iou"] == 0.9
+    assert [row["val_iou"] for row in last["state"].pop("history")] == [0.5, 0.9, 0.1, 0.8]
     assert last["state"] == {"epoch": 4, "best": 0.9, "best_loss": 1.0, "stale": 2}
     assert not torch.equal(best["model"]["head.weight"], last["model"]["head.weight"])
 
@@ -278,7 +280,8 @@ BAD = [
     (["--resume", "--out", "{run}"], None, "argument --data: "), (["--resume"], None, "is no run with a config.json"),
     (["--data", "{tiny}"], lambda d: only(d, "test"), "has no images of split train"),
     (["--data", "{tiny}"], lambda d: only(d, "train", 1), "has no images of split validation"),
-    (["--recipe", "paper", "--tile", "64"], empty_masks, "--class-weights auto: class weights need both classes"),
+    (["--recipe", "paper", "--tile", "64"], empty_masks, "no pixel of the 4 training masks is nucleus"),
+    (["--class-weights", "equal"], empty_masks, "no pixel of the 4 training masks is nucleus"),
     (["--bogus"], None, "unrecognized arguments: --bogus"),
 ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], None, "--device cuda: there is none here; use")])
 
@@ -301,7 +304,7 @@ def test_bad_input_to_train(tiny, script, tmp_path, finished, arguments, damage,
 def test_an_unknown_stain_is_named(script, tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "FIELDS_PER_PATIENT", 1)
     monkeypatch.setattr(synthetic, "PICTURES_PER_PATIENT", 0)
-    data.write_synthetic(runs.SYNTHETIC)
+    folders.write_synthetic(runs.SYNTHETIC)
     status, _, err = script(train, *TRAIN, "--channel", "CD8")
     assert status == 2 and "no page named 'CD8' (--channel); it has CXCR3, " in err
 

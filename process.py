@@ -1,0 +1,187 @@
+"""How a script starts and ends: its flags, errors in one line, interruptions, files that are written whole, and the
+several processes of one training (torchrun)."""
+import argparse
+import os
+import re
+import signal
+import sys
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+def number(kind, low, high=10 ** 9):
+    """A type for argparse: an int or float from `low` to `high`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} (from {low} to {high})"  # argparse shows it: invalid ... value
+    return parse
+
+
+SEED = number(int, 0, 2 ** 31)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help and errors of one line. source: where the arguments are from, if not typed."""
+
+    source = ""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message):
+        fail(f"{self.source}{message}{'' if self.source else ' (see --help)'}")
+
+
+def progress(items, what, unit="image", total=None):
+    """`items` with a bar on stderr while they are gone through, if that is a terminal and this the first process."""
+    return tqdm(items, what, total, unit=unit, leave=False, disable=True if rank() else None)
+
+
+# -------------------------------------------------------------------------------------------------------------- endings
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as Ctrl-C is."""
+
+
+def command(main, argv=None, errors=(), memory="take smaller images"):
+    """Runs a script's main. What the user can mend (OSError, `errors`, too little memory: `memory` says what to lower)
+    ends by fail, an interruption with the line that it carries and the status that shells know; without traceback."""
+    def terminate(*_):
+        raise Terminated
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        main(argv)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except OSError as error:
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except errors as error:
+        fail(one_line(error))
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            fail(f"out of memory; {memory} ({one_line(error, 150)})")
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
+            raise
+        fail("another process of this training ended; if it said nothing it was killed, perhaps for memory")
+    except KeyboardInterrupt as error:
+        _last_words(one_line(error) if str(error) else "interrupted", 143 if isinstance(error, Terminated) else 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def fail(message):
+    """Ends the program as every script here ends on bad input: one line on stderr, exit status 2."""
+    _last_words(f"error: {message}", 2)
+
+
+def one_line(error, length=1000):
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the device or the machine has too little memory."""
+    said = "out of memory|can't allocate memory|[Cc]annot allocate memory|could not create a memory"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(re.search(said, str(error)))
+
+
+def _last_words(message, status):
+    """Of several processes that end, the first alone speaks: the others end because it did, or for the same reason."""
+    if _store is None:
+        speaks = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    else:
+        speaks = _store.add("last words", 1) == 1
+    if speaks:
+        print(message, file=sys.stderr, flush=True)
+    if _store is not None:
+        os._exit(status)  # an orderly exit would wait for the others
+    raise SystemExit(status)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+@contextmanager
+def replacing(file, mode="wb", **how):
+    """A handle to write `file` by. The old file stays until the new one is whole and on the disk: a crash, a kill or a
+    full disk leaves the old one."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # its own: folds of a run may be trained side by side
+    try:
+        with open(temporary, mode, **how) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(file)) from error
+        raise
+
+
+# ---------------------------------------------------------------------------------------- several processes (torchrun)
+_store = None  # what the processes share beside their tensors
+
+
+def join(device):
+    """Joins the processes of this training, if torchrun started several; device: "cpu", "cuda" or "mps". All but the
+    first fall silent."""
+    global _store
+    if not dist.is_torchelastic_launched():
+        return
+    _store, own, count = next(dist.rendezvous("env://"))
+    beside = int(os.environ["LOCAL_WORLD_SIZE"])
+    if device == "cuda":
+        if beside > torch.cuda.device_count():
+            fail(f"--nproc-per-node {beside}: there are {torch.cuda.device_count()} GPUs here; take at most as many")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:  # torchrun gives each process one thread
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // beside))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=_store, rank=own,
+                            world_size=count)
+    if own:
+        sys.stdout = open(os.devnull, "w")
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_first(make, *arguments):
+    """What make(*arguments) gives in the first process, in all of them; in the others it is not called."""
+    values = [make(*arguments) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather(value):
+    """The processes' values, in each of them, in their order."""
+    values = [value]
+    if world() > 1:
+        values *= world()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def total(tensor):
+    """The sum of the processes' tensors."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def combine(tensors, share):
+    """Sets the tensors, in all processes, to the sum over the processes of `share` times theirs."""
+    if world() > 1 and tensors:
+        whole = total(torch.cat([tensor.flatten() for tensor in tensors]) * share)  # one message for all
+        for tensor, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))

@@ -1,0 +1,320 @@
+"""Whatever ends a run, going on gives what a run never ended gives: kills at every point, interruptions, full disks."""
+import csv
+import multiprocessing
+import os
+import pickle
+import re
+import resource
+import signal
+import sys
+import time
+import zipfile
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import CLASSIFY, TRAIN
+
+import process
+import runs
+import test
+import train
+
+# forks of a fresh process, which has imported everything but started no thread: a second less for each
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train"])
+
+
+# -------------------------------------------------------------------------------------- what happens in another process
+class DyingHandle:
+    """A file whose process is killed in the middle of what it writes."""
+
+    def __init__(self, handle):
+        self.handle = handle
+
+    def write(self, content):
+        self.handle.write(content[:len(content) // 2])
+        self.handle.flush()
+        die()
+
+    def __getattr__(self, name):
+        return getattr(self.handle, name)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die(arguments, when, name, number):
+    """Runs train.py and kills it before, within or after writing the `number`th file of this name; name "step" or
+    "validation": at the `number`th of these."""
+    torch.set_num_threads(2)
+    seen, whole, combine, evaluate = [], process.replacing, process.combine, runs.evaluate
+
+    def count(event):
+        seen.append(event)
+        return event == name and seen.count(name) == number
+
+    @contextmanager
+    def replacing(file, *rest, **how):
+        hit = count(f"{file.parent.name}/{file.name}" if "fold" in name else file.name)
+        if hit and when == "before":
+            die()
+        with whole(file, *rest, **how) as handle:
+            yield DyingHandle(handle) if hit and when == "within" else handle
+        if hit:
+            die()
+
+    def at(event, function):
+        def call(*inputs, **more):
+            return die() if count(event) else function(*inputs, **more)
+        return call
+
+    process.replacing, process.combine = replacing, at("step", combine)
+    runs.evaluate = at("validation", evaluate)
+    runs.command(train.main, arguments)
+
+
+def train_on(arguments, log):
+    """Runs train.py with what it prints in a file."""
+    torch.set_num_threads(2)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    runs.command(train.main, arguments)
+
+
+def train_on_a_small_disk(arguments, log, most):
+    """A limit on the size of files, in place of a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    train_on(arguments, log)
+
+
+def train_in_little_memory(arguments, log, most):
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[5]) * resource.getpagesize()  # data and stack
+    resource.setrlimit(resource.RLIMIT_DATA, (used + most, used + most))
+    train_on(arguments, log)
+
+
+def ended(target, *arguments, seconds=60):
+    """The exit code of a process that runs target(*arguments)."""
+    child = FORKS.Process(target=target, args=arguments)
+    child.start()
+    child.join(seconds)
+    assert child.exitcode is not None, "it does not end"
+    return child.exitcode
+
+
+# -------------------------------------------------------------------------------------------------------------- kill -9
+def metrics(folder):
+    with open(folder / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def same_runs(whole, parts):
+    """Whether two folders of a run, or a fold, hold the same figures and the same tensors."""
+    assert metrics(parts) == metrics(whole)
+    for name in ("best.pt", "last.pt"):
+        a, b = (torch.load(folder / name) for folder in (whole, parts))
+        assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+        assert a.get("epoch") == b.get("epoch")
+    assert not list(parts.glob("*.tmp")), "something half written is left"
+
+
+EPOCHS = ("--epochs", "4", "--recipe", "paper", "--lr", "2e-3")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(data folder, run) of a segmentation that nothing ended."""
+    from conftest import write_folder
+    folder = write_folder(tmp_path_factory.mktemp("whole") / "tiny")
+    train.main(["--data", str(folder), *TRAIN, *EPOCHS, "--out", str(folder.parent / "run")])
+    return folder, folder.parent / "run"
+
+
+@pytest.mark.parametrize("when, name, number", [
+    ("within", "config.json", 1), ("at", "step", 2), ("at", "validation", 1), ("within", "best.pt", 1),
+    ("within", "last.pt", 1), ("at", "step", 9), ("after", "best.pt", 1), ("within", "last.pt", 3),
+    ("after", "last.pt", 3), ("within", "metrics.csv", 2), ("before", "samples.png", 4)])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(whole, script, tmp_path, when, name, number):
+    folder, uninterrupted = whole
+    arguments = ["--data", str(folder), *TRAIN, *EPOCHS, "--out", str(tmp_path / "run")]
+    assert ended(train_and_die, arguments, when, name, number) == -signal.SIGKILL
+    for file in tmp_path.glob("run/*.pt"):
+        runs.load_checkpoint(file)  # whole, whatever happened
+    if (tmp_path / "run" / "config.json").exists():
+        arguments = ["--resume", "--out", str(tmp_path / "run")]
+    status, _, err = script(train, *arguments)
+    assert status == 0, err
+    same_runs(uninterrupted, tmp_path / "run")
+    assert (tmp_path / "run" / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("when, name, number", [
+    ("within", "fold1/last.pt", 1), ("after", "fold1/validation.csv", 1), ("before", "fold1/best.pt", 1)])
+def test_a_killed_cross_validation_goes_on_at_its_fold(cross_validated, script, tmp_path, when, name, number):
+    whole, folder = cross_validated
+    arguments = ["--data", str(folder), *CLASSIFY, "--out", str(tmp_path / "run")]
+    assert ended(train_and_die, arguments, when, name, number) == -signal.SIGKILL
+    before = (tmp_path / "run" / "fold0" / "last.pt").stat().st_mtime_ns
+    status, out, err = script(train, "--resume", "--out", tmp_path / "run")
+    assert status == 0 and "fold0: going on after epoch 2" in out, err
+    for fold in ("fold0", "fold1", "fold2"):
+        same_runs(whole / fold, tmp_path / "run" / fold)
+        assert (whole / fold / "validation.csv").read_text() == (tmp_path / "run" / fold / "validation.csv").read_text()
+    assert (tmp_path / "run" / "fold0" / "last.pt").stat().st_mtime_ns == before
+
+
+# ------------------------------------------------------------------------------------------------ Ctrl-C, SIGTERM, disk
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_says_how_to_go_on(whole, script, tmp_path, number, status):
+    folder, uninterrupted = whole
+    log = tmp_path / "log"
+    arguments = ["--data", str(folder), *TRAIN, *EPOCHS, "--epochs", "500", "--out", str(tmp_path / "run")]
+    child = FORKS.Process(target=train_on, args=(arguments, str(log)))
+    child.start()
+    deadline = time.monotonic() + 60
+    while "epoch   2" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child.pid, number)
+    child.join(30)
+    *_, last = log.read_text().splitlines()
+    assert child.exitcode == status and "Traceback" not in log.read_text()
+    assert last == (f"interrupted; {tmp_path / 'run'} holds what the finished epochs left; go on with: "
+                    f"python train.py --resume --out {tmp_path / 'run'}")
+    done = len(metrics(tmp_path / "run"))
+    assert done == torch.load(tmp_path / "run" / "last.pt")["state"]["epoch"] >= 2
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert script(train, "--resume", "--out", tmp_path / "run", "--epochs", max(4, done))[0] == 0
+    assert metrics(tmp_path / "run")[:4] == metrics(uninterrupted)
+
+
+def test_interrupted_before_anything_is_saved(tiny, script, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "load_splits", interrupted)
+    status, _, err = script(train, "--data", tiny, *TRAIN, "--out", tmp_path / "run")
+    assert status == 130 and err == "interrupted before the first epoch; nothing is saved\n"
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(whole, script, tmp_path):
+    """last.pt, with its optimizer, does not fit any more; what is there stays, and the run goes on once it fits."""
+    folder, uninterrupted = whole
+    run = tmp_path / "run"
+    assert script(train, "--data", folder, *TRAIN, *EPOCHS, "--epochs", "2", "--out", run)[0] == 0
+    before = (run / "last.pt").read_bytes()
+    status = ended(train_on_a_small_disk, ["--resume", "--out", str(run), "--epochs", "4"], tmp_path / "log",
+                   len(before) // 2)
+    *_, last = (tmp_path / "log").read_text().splitlines()
+    assert status == 2 and re.fullmatch(f"error: {run}/last.pt: cannot be written: .*large", last)
+    assert (run / "last.pt").read_bytes() == before and not list(run.glob("*.tmp"))
+    assert script(train, "--resume", "--out", run, "--epochs", 4)[0] == 0
+    same_runs(uninterrupted, run)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+class Code:
+    """What a pickle with code in it holds: it would write a file when it is loaded."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.file}",))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_checkpoint_is_refused_and_never_runs(finished, script, tmp_path, tiny, legacy):
+    run, sign = tmp_path / "run", tmp_path / "it-ran"
+    run.mkdir()
+    (run / "config.json").write_text((finished[0] / "config.json").read_text())
+    for name in ("best.pt", "last.pt"):
+        torch.save({"model": Code(sign), "setting": {}}, run / name, _use_new_zipfile_serialization=not legacy)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Code(sign)))
+    for module, *arguments in ((test, run), (train, "--resume", "--out", run),
+                               (train, "--data", tiny, *TRAIN, "--weights", run / "best.pt"),
+                               (train, "--data", tiny, *TRAIN, "--weights", tmp_path / "plain.pt")):
+        status, _, err = script(module, *arguments)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and ".pt: " in err, err
+    assert not sign.exists()
+
+
+def test_a_flipped_bit_in_the_weights_is_found(finished, script, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text((finished[0] / "config.json").read_text())
+    content = bytearray((finished[0] / "best.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (run / "best.pt").write_bytes(content)
+    torch.load(run / "best.pt")  # torch does not notice
+    status, _, err = script(test, run)
+    assert status == 2 and "best.pt: is not a checkpoint" in err and "is damaged" in err
+    with zipfile.ZipFile(finished[0] / "best.pt") as whole:
+        assert whole.testzip() is None
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(arch="unetpp"), "arch unetpp, not unet"), (dict(in_channels=3), "in_channels 3, not 1"),
+    (dict(classes=5), "classes 5, not 2"), (dict(encoder="resnet34"), "encoder resnet34, not resnet18")])
+def test_a_checkpoint_of_another_setting_is_refused(finished, script, tmp_path, change, said):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text((finished[0] / "config.json").read_text())
+    for name in ("best.pt", "last.pt"):
+        checkpoint = torch.load(finished[0] / name)
+        checkpoint["setting"].update(change)
+        torch.save(checkpoint, run / name)
+    for module, *arguments in ((test, run), (train, "--resume", "--out", run)):
+        status, _, err = script(module, *arguments)
+        assert status == 2 and err.count("\n") == 1 and f"is of another run than the config.json: {said}" in err, err
+
+
+def test_weights_that_are_no_numbers_are_refused(finished, script, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text((finished[0] / "config.json").read_text())
+    checkpoint = torch.load(finished[0] / "best.pt")
+    checkpoint["model"]["head.weight"][0] = float("nan")
+    torch.save(checkpoint, run / "best.pt")
+    status, _, err = script(test, run)
+    assert status == 2 and "best.pt: has weights that are NaN or infinite" in err
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit on memory")
+def test_too_little_memory_ends_in_a_line_that_says_what_to_lower(whole, tmp_path):
+    folder, _ = whole
+    arguments = ["--data", str(folder), *TRAIN, "--tile", "2048", "--out", str(tmp_path / "run")]
+    status = ended(train_in_little_memory, arguments, tmp_path / "log", 300 << 20)
+    text = (tmp_path / "log").read_text()
+    assert status == 2 and "Traceback" not in text and text.count("error: ") == 1
+    assert "error: out of memory; lower --batch-size, then --tile" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")])
+def test_any_kind_of_out_of_memory(tiny, script, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(runs, "evaluate", fail)
+    status, _, err = script(train, "--data", tiny, *TRAIN, "--out", tmp_path / "run")
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error: out of memory; lower --batch-size, then ")
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_200_epochs(tiny, tmp_path, monkeypatch):
+    used = []
+
+    def end_epoch(*arguments):
+        with open("/proc/self/statm") as file:
+            used.append(int(file.read().split()[1]) * resource.getpagesize() >> 10)
+        return whole(*arguments)
+
+    whole = train.end_epoch
+    monkeypatch.setattr(train, "end_epoch", end_epoch)
+    train.main(["--data", str(tiny), *TRAIN, "--recipe", "paper", "--patience", "0", "--epochs", "200",
+                "--out", str(tmp_path / "run")])
+    print(f"resident memory after epochs 1, 20, 50, 100, 200: {[used[i - 1] >> 10 for i in (1, 20, 50, 100, 200)]} MB")
+    assert len(used) == 200 and max(used[100:]) < 1.02 * max(used[10:50])
