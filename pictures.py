@@ -88,6 +88,7 @@ def save_grid(rows, file, gap=6, strip=20):
         for c, (caption, cell) in enumerate(row):
             x, y = gap + sum(widths[:c]), gap + sum(heights[:r])
             for number, line in enumerate(caption.split("\n")):
+                line = line[:widths[c] // 2]  # no more letters fit, so that the next lines need not take long
                 while draw.textlength(line, font) > widths[c] - gap:
                     line = line[:-4] + "..."
                 draw.text((x, y + 16 * number), line, (230, 230, 230), font)

@@ -492,26 +492,27 @@ def make_optimizer(parameters, args, compute):
 
 
 class Batches:
-    """The indices of each batch of an epoch, in an order drawn by `generator`. Of several processes each gets its part
-    of every batch; a rest too small to give each of them two images joins the batch before it.
+    """The indices of each batch of an epoch, in an order drawn from `seed`. Of several processes each gets its part of
+    every batch; a rest too small to give each of them two images joins the batch before it.
 
-    drop_last: without a smaller batch at the end. whole: the batches that were last drawn, as all processes share them.
+    drop_last: without a smaller batch at the end. whole: the batches as all processes share them.
     """
 
-    def __init__(self, count, size, generator, drop_last=False):
-        self.count, self.size, self.generator, self.whole = count, size, generator, []
-        rest = count % size
-        self.joins = process.world() > 1 and count > size and 0 < rest < 2 * process.world()
-        self.length = max(1, count // size) if drop_last or self.joins else math.ceil(count / size)
+    def __init__(self, count, size, seed, drop_last=False):
+        generator = torch.Generator().manual_seed(seed)
+        torch.empty((), dtype=torch.int64).random_(generator=generator)  # README's figures are of the order after this
+        order = torch.randperm(count, generator=generator).tolist()
+        self.whole = [order[start:start + size] for start in range(0, count, size)]
+        rest = self.whole.pop() if count > size and count % size else []
+        if rest and not drop_last and process.world() > 1 and len(rest) < 2 * process.world():
+            self.whole[-1] += rest
+        elif rest and not drop_last:
+            self.whole.append(rest)
 
     def __len__(self):
-        return self.length
+        return len(self.whole)
 
     def __iter__(self):
-        order = torch.randperm(self.count, generator=self.generator).tolist()
-        self.whole = [order[i * self.size:(i + 1) * self.size] for i in range(self.length)]
-        if self.joins:
-            self.whole[-1] += order[self.length * self.size:]
         return (batch[process.rank()::process.world()] for batch in self.whole)
 
 
@@ -523,9 +524,9 @@ def make_loader(dataset, args, compute, epoch, drop_last=False):
     dataset.epoch = epoch
     dataset.noted = torch.zeros(args.workers, 2, dtype=torch.int64).share_memory_()
     drop_last = drop_last or (args.compile and len(dataset) > args.batch_size)  # another size would be compiled anew
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-    return DataLoader(dataset, batch_sampler=Batches(len(dataset), args.batch_size, generator, drop_last),
-                      num_workers=args.workers, pin_memory=compute.device.type == "cuda", generator=generator)
+    batches = Batches(len(dataset), args.batch_size, args.seed * 1_000_003 + epoch, drop_last)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, generator=torch.Generator(),
+                      pin_memory=compute.device.type == "cuda")
 
 
 def unfinished(state, args):

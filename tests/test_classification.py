@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSIFY, SHARED, TRAIN, needs, write_pictures
+from conftest import CLASSIFY, SHARED, needs, write_pictures
 from PIL import Image
 
 import data
@@ -404,55 +404,12 @@ def test_real_blood_cells_train_and_test(script, tmp_path):
     assert scores["images"] == 56 and scores["per_class"]["BASOPHIL"]["support"] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# -------------------------------------------------------------------------------------------------- labels of all kinds
 def rewrite(folder, change):
     """Changes the manifest's rows, each a list of its cells."""
     header, *rows = read_csv(folder / "classification.csv")
     rows = change(rows)
     (folder / "classification.csv").write_text("\n".join(",".join(row) for row in [header, *rows]) + "\n")
-
-
-BAD = [
-    (["--data", "{tmp}"], None, "holds no classification.csv (image,labels,split[,patient])"),
-    ([], lambda d: (d / "classification.csv").write_text("image,mask,split\na,b,train\n"), "needs one column 'labels'"),
-    ([], lambda d: rewrite(d, lambda rows: rows + [rows[3]]), "line 26: image 'picture3.png' is in line 5 already"),
-    ([], lambda d: rewrite(d, lambda rows: [[row[0], "red", row[2]] for row in rows]),
-     "all 18 training images have the same label, red; there is nothing to tell apart"),
-    ([], lambda d: rewrite(d, lambda rows: [[row[0], "", row[2]] for row in rows]), "have no label"),
-    ([], lambda d: rewrite(d, lambda rows: [row for row in rows if row[2] == "test"]), "has no images of split train"),
-    ([], lambda d: rewrite(d, lambda rows: rows[:2] + rows[-1:]), "--folds 3: the training rows are of 2 images"),
-    ([], lambda d: (d / "picture4.png").write_bytes(b"x"), "picture4.png: cannot be read"),
-    (["--model", "resnet81"], None, "model 'resnet81' is not a timm model"),
-    (["--model", "resnet18.nonsense"], None, "timm has no such weights; it has resnet18.a1_in1k"),
-    (["--batch-size", "1", "--model", "resnet18"], None, "--batch-size 1: a batch of 1 has no variance for BatchNorm"),
-    (["--model", "vit_tiny_patch16_224", "--image-size", "40"], None, "cannot classify images of 40 x 40"),
-    (["--weights", "no.pth"], None, "--weights no.pth: no such file"),
-    (["--fold", "3"], None, "argument --fold: 3 is not one of the 3 folds, 0 to 2"),
-    (["--fold", "-1"], None, "argument --fold"), (["--folds", "0"], None, "argument --folds"),
-    (["--image-size", "8"], None, "argument --image-size"), (["--gamma", "-1"], None, "argument --gamma"),
-    (["--class-weights", "1,2"], None, "has 2 numbers; give one for each of blue, green, red"),
-    (["--class-weights", "published"], None, "are those of b, tfh, tfh217, tfhl, other"),
-    (["--arch", "unetpp"], None, "argument --arch: is not for --task cls"),
-    (["--tile", "64"], None, "argument --tile: is not for --task cls"),
-    (["--out", "{run}"], None, "holds a run already"),
-    (["--resume", "--out", "{run}", "--model", "resnet34"], None, "argument --model: "),
-    (["--resume", "--out", "{run}", "--image-size", "64"], None, "was started with 32, not 64"),
-]
-
-
-@pytest.mark.parametrize("arguments, damage, said", BAD, ids=lambda value: value if isinstance(value, str) else "")
-def test_bad_input_to_training(coloured, script, tmp_path, cross_validated, arguments, damage, said):
-    if damage:
-        damage(coloured)
-    places = {"{tmp}": str(tmp_path), "{run}": str(cross_validated[0])}
-    for name, place in places.items():
-        arguments = [argument.replace(name, place) for argument in arguments]
-    if "--data" not in arguments and "--resume" not in arguments:
-        arguments = ["--data", coloured, *arguments]
-    settings = ["--task", "cls", "--device", "cpu"] if "--resume" in arguments else CLASSIFY
-    status, _, err = script(train, *settings, *arguments)
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err, err
-    assert not list(runs.RUNS.glob("*/*/best.pt"))
 
 
 def test_labels_that_cannot_be_learnt_or_are_none_are_said(coloured, script, tmp_path):
@@ -469,38 +426,6 @@ def test_one_class_and_images_without_it(coloured, script, tmp_path):
     assert script(train, "--data", coloured, *CLASSIFY, "--fold", 0, "--out", tmp_path / "run")[0] == 0
     assert script(test, tmp_path / "run")[0] == 0
     assert list(json.loads((tmp_path / "run" / "test.json").read_text())["per_class"]) == ["red"]
-
-
-def test_bad_input_to_testing(cross_validated, script, tmp_path, coloured, finished):
-    run, _ = cross_validated
-
-    def says(expected, *arguments):
-        status, _, err = script(test, *arguments)
-        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and expected in err, err
-
-    says("is a classification; it has no masks", run, "--save-masks", tmp_path / "masks")
-    says("only classifications can do that so far", finished[0], "--images", coloured)
-    says("leave the others out", run, "--images", coloured, "--data", coloured)
-    says("is the folder of a run; name runs before --images", "--images", coloured, run)
-    says("names no image file", run, "--images", tmp_path / "nothing")
-    says("holds no classification.csv", run, "--data", finished[1])
-    rewrite(coloured, lambda rows: [*rows[:-1], [rows[-1][0], "violet", "test"]])
-    says("picture23.png: its label 'violet' is none of the run's, blue, green, red", run, "--data", coloured)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "config.json").write_text((run / "config.json").read_text())
-    says("holds no fold with a best.pt", empty)
-    damaged = tmp_path / "damaged"
-    shutil.copytree(run, damaged)
-    (damaged / "fold1" / "validation.csv").write_text("image,labels,blue\na,b,c\n")
-    says("validation.csv: is not what train.py writes", damaged)
-    (damaged / "fold2" / "best.pt").write_bytes((run / "fold2" / "best.pt").read_bytes()[:3000])
-    says("best.pt: is not a checkpoint", damaged)
-
-
-def test_each_task_refuses_the_others_flags(tiny, script):
-    status, _, err = script(train, "--data", tiny, *TRAIN, "--model", "resnet34")
-    assert status == 2 and "argument --model: is not for --task seg" in err
 
 
 def test_pictures_fixture_has_every_colour_in_every_split(tmp_path):

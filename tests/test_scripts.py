@@ -14,9 +14,7 @@ from PIL import Image
 
 import data
 import dedl
-import folders
 import runs
-import synthetic
 import test
 import train
 
@@ -236,111 +234,7 @@ def test_tta_is_said_and_recorded(finished, script, tmp_path):
     assert len(list((tmp_path / "masks").iterdir())) == 3
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
-def replace(path, content=b"x"):
-    path.write_bytes(content)
-
-
-def resave_mask(folder):
-    Image.new("L", (9, 9)).save(folder / "labels4.png")
-
-
-def only(folder, split, count=9):
-    rows = [row for row in (folder / "segmentation.csv").read_text().splitlines() if row.endswith(split)]
-    (folder / "segmentation.csv").write_text("\n".join(["image,mask,split", *rows[:count]]))
-
-
-def empty_masks(folder):
-    for path in folder.glob("labels*.png"):
-        Image.new("L", Image.open(path).size).save(path)
-
-
-BAD = [
-    (["--data", "{tiny}/nowhere"], None, "no such folder (--data)"),
-    (["--data", "{tmp}"], None, "holds neither segmentation.csv"),
-    (["--data", "{tiny}"], lambda d: (d / "segmentation.csv").write_text(""), "segmentation.csv: is empty"),
-    (["--data", "{tiny}"], lambda d: (d / "field0.png").unlink(), "line 2: image 'field0.png' is not there"),
-    (["--data", "{tiny}"], lambda d: replace(d / "field1.png", (d / "field1.png").read_bytes()[:300]), "field1.png"),
-    (["--data", "{tiny}"], lambda d: replace(d / "labels0.png"), "labels0.png: cannot be read"),
-    (["--data", "{tiny}"], resave_mask, "labels4.png: the mask is 9x9 pixels"),
-    (["--encoder", "resnet19"], None, "encoder 'resnet19' is not a timm model"),
-    (["--weights", "no.pth"], None, "--weights no.pth: no such file"),
-    (["--arch", "segnet"], None, "argument --arch: invalid choice"),
-    (["--epochs", "0"], None, "argument --epochs: invalid int (from 1 to 1000000000) value: '0'"),
-    (["--epochs", "9" * 400], None, "argument --epochs"), (["--seed", "9" * 14], None, "argument --seed"),
-    (["--lr", "nan"], None, "argument --lr"), (["--lr", "fast"], None, "argument --lr"),
-    (["--tile", "8"], None, "argument --tile"), (["--depth", "5"], None, "32 is too small for depth 5; take 64"),
-    (["--channel", ","], None, "--channel ',': names no page"),
-    (["--class-weights", "1"], None, "argument --class-weights"),
-    (["--out", "{tiny}/segmentation.csv"], None, "is a file; give a folder"),
-    (["--out", "{tiny}/segmentation.csv/run"], None, "segmentation.csv/run: Not a directory"),
-    (["--out", "{run}"], None, "holds a run already"), (["--resume", "--out", "{tmp}/n"], None, "has no config.json"),
-    (["--resume", "--out", "{run}", "--data", "{rundata}", "--arch", "unetpp"], None, "started with unet, not unetpp"),
-    (["--resume", "--out", "{run}", "--data", "{rundata}", "--app", "none"], None, "--app: "),
-    (["--resume", "--out", "{run}"], None, "argument --data: "), (["--resume"], None, "is no run with a config.json"),
-    (["--data", "{tiny}"], lambda d: only(d, "test"), "has no images of split train"),
-    (["--data", "{tiny}"], lambda d: only(d, "train", 1), "has no images of split validation"),
-    (["--recipe", "paper", "--tile", "64"], empty_masks, "no pixel of the 4 training masks is nucleus"),
-    (["--class-weights", "equal"], empty_masks, "no pixel of the 4 training masks is nucleus"),
-    (["--bogus"], None, "unrecognized arguments: --bogus"),
-] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], None, "--device cuda: there is none here; use")])
-
-
-@pytest.mark.parametrize("arguments, damage, said", BAD, ids=lambda value: value if isinstance(value, str) else "")
-def test_bad_input_to_train(tiny, script, tmp_path, finished, arguments, damage, said):
-    if damage:
-        damage(tiny)
-    places = {"{tiny}": str(tiny), "{tmp}": str(tmp_path), "{run}": str(finished[0]), "{rundata}": str(finished[1])}
-    for name, place in places.items():
-        arguments = [argument.replace(name, place) for argument in arguments]
-    before = (finished[0] / "last.pt").read_bytes()
-    if "--data" not in arguments:
-        arguments = ["--data", tiny, *arguments]
-    status, _, err = script(train, *TRAIN, *arguments)
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err
-    assert (finished[0] / "last.pt").read_bytes() == before and not runs.RUNS.exists()
-
-
-def test_an_unknown_stain_is_named(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "FIELDS_PER_PATIENT", 1)
-    monkeypatch.setattr(synthetic, "PICTURES_PER_PATIENT", 0)
-    folders.write_synthetic(runs.SYNTHETIC)
-    status, _, err = script(train, *TRAIN, "--channel", "CD8")
-    assert status == 2 and "no page named 'CD8' (--channel); it has CXCR3, " in err
-
-
-def test_bad_input_to_test(script, tmp_path, finished, tiny):
-    run, _ = finished
-
-    def says(expected, *arguments):
-        status, _, err = script(test, *arguments)
-        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and expected in err, err
-
-    says("there is no run")
-    says("has no config.json", tmp_path)
-    says("no such folder (--data)", run, "--data", tmp_path / "nowhere")
-    says("takes one run", run, run, "--save-masks", tmp_path / "masks")
-    only(tiny, "test")
-    says("has no images of split train", run, "--data", tiny, "--split", "train")
-    (tiny / "labels8.png").rename(tiny / "field8.PNG")
-    (tiny / "segmentation.csv").write_text("image,mask,split\nfield8.png,field8.PNG,test\n")
-    before = (tiny / "field8.png").read_bytes()
-    says("would overwrite field8.png", run, "--data", tiny, "--save-masks", tiny)
-    assert (tiny / "field8.png").read_bytes() == before
-    Image.new("RGB", Image.open(tiny / "field8.png").size, (9, 200, 9)).save(tiny / "field8.png")
-    says("field8.png: has 3 channels", run, "--data", tiny)
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "config.json").write_text((run / "config.json").read_text())
-    (damaged / "best.pt").write_bytes((run / "best.pt").read_bytes()[:1000])
-    says("best.pt: is not a checkpoint", damaged)
-    torch.save(torch.zeros(3), damaged / "best.pt")
-    says("it must hold setting, model", damaged)
-    (damaged / "best.pt").write_bytes((run / "best.pt").read_bytes())
-    (damaged / "config.json").write_text("{}")
-    says("config.json: is not what train.py writes", damaged)
-
-
+# ------------------------------------------------------------------------------------------------------- the project
 def test_the_commands_as_processes(finished):
     """Help with defaults, and the one line on stderr, from the shell."""
     def run(*command):

@@ -1,0 +1,130 @@
+"""Numbers that are none, and data with nothing in them: said, and nothing saved is lost."""
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import CLASSIFY, TRAIN
+from PIL import Image
+
+import data
+import dedl
+import runs
+import test
+import train
+
+
+def poison(monkeypatch, when):
+    """Makes the tiles of field0.png NaN where when(epoch) says so."""
+    whole = data.Crops.__getitem__
+
+    def item(self, index):
+        image, mask = whole(self, index)
+        return (image * math.nan if when(self.epoch) and self.owner[index] == 0 else image), mask
+
+    monkeypatch.setattr(data.Crops, "__getitem__", item)
+
+
+@pytest.mark.parametrize("precision", ["off", "fp16"])
+def test_a_run_of_bad_steps_is_ended_with_epoch_batch_and_files(tiny, script, tmp_path, monkeypatch, precision):
+    run = tmp_path / "run"
+    settings = [*TRAIN, "--data", tiny, "--limit-train", 1, "--batch-size", "1", "--amp", precision, "--out", run]
+    poison(monkeypatch, lambda epoch: epoch == 2)  # all tiles, of the one field that is used
+    monkeypatch.setattr(train, "limit", lambda records, _: records[:1])
+    monkeypatch.setattr(train, "BAD_STEPS", 2)
+    monkeypatch.setattr(train, "BAD_FP16", 2)
+    status, _, err = script(train, *settings, "--epochs", 3)
+    assert status == 2 and err.count("\n") == 1
+    assert "is not finite in epoch 2, batches 1 to 2" in err and f"the first of {tiny / 'field0.png'})" in err
+    assert "lower --lr" in err and "last.pt keeps the state after epoch 1" in err
+    last = runs.load_checkpoint(run / "last.pt")
+    assert last["state"]["epoch"] == 1 and all(tensor.isfinite().all() for tensor in last["model"].values())
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "limit", lambda records, _: records[:1])
+    assert script(train, "--resume", "--out", run)[0] == 0  # the cause is gone: it goes on where it was
+
+
+def test_single_bad_steps_are_left_out(tiny, script, tmp_path, monkeypatch):
+    """The network, the optimizer and BatchNorm stay as if these steps had not been, and the figures are numbers."""
+    poison(monkeypatch, lambda epoch: True)
+    settings = [*TRAIN, "--epochs", 2, "--batch-size", 2, "--out", tmp_path / "run"]
+    status, out, err = script(train, "--data", tiny, *settings)
+    assert status == 0 and re.search("NOTE: [23] steps left out, since their gradients were not finite", out), err
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        assert all(math.isfinite(float(value)) for row in csv.DictReader(file) for value in row.values())
+    last = torch.load(tmp_path / "run" / "last.pt")
+    assert all(tensor.isfinite().all() for name in ("model", "app") for tensor in last[name].values())
+
+
+def test_a_learning_rate_that_explodes(tiny, script, tmp_path):
+    status, _, err = script(train, "--data", tiny, *TRAIN, "--lr", "1e9", "--epochs", 30, "--out", tmp_path / "run")
+    assert status == 2 and err.count("\n") == 1 and "not finite" in err and "lower --lr" in err
+
+
+def test_a_validation_without_a_number_is_not_saved(tiny, script, tmp_path, monkeypatch):
+    results, whole = iter([1.0, math.nan]), runs.evaluate
+    monkeypatch.setattr(runs, "evaluate", lambda *inputs: (whole(*inputs)[0], next(results), whole(*inputs)[2]))
+    status, _, err = script(train, "--data", tiny, *TRAIN, "--epochs", 3, "--out", tmp_path / "run")
+    assert status == 2 and "the validation loss is not finite after epoch 2" in err
+    assert torch.load(tmp_path / "run" / "last.pt")["state"]["epoch"] == 1
+
+
+def test_constant_images_and_empty_masks_are_said_and_trained(tiny, script, tmp_path):
+    Image.new("L", (64, 45), 77).save(tiny / "field1.png")  # field1 and its mask have this size
+    Image.new("L", (61, 50)).save(tiny / "labels2.png")
+    status, out, err = script(train, "--data", tiny, *TRAIN, "--out", tmp_path / "run")
+    assert status == 0 and f"NOTE: {tiny / 'field1.png'}: the image is constant" in out, err
+    assert f"NOTE: {tiny / 'labels2.png'}: the mask is empty" in out and out.count("NOTE") == 2
+    Image.new("L", (46, 75)).save(tiny / "labels7.png")  # of the test
+    assert script(test, tmp_path / "run")[0] == 0
+    scores = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert all(math.isfinite(value) for value in scores.values() if isinstance(value, float))
+
+
+def test_a_class_of_the_validation_rows_alone(coloured, script, tmp_path):
+    rows = (coloured / "classification.csv").read_text().splitlines()
+    rows[1] = "picture0.png,red;rare,validation"
+    (coloured / "classification.csv").write_text("\n".join(rows) + "\n")
+    status, out, err = script(train, "--data", coloured, *CLASSIFY, "--folds", 1, "--out", tmp_path / "run")
+    assert status == 0 and "rare: 0 train, 1 validation, 0 test  NOTE: without a training image" in out, err
+    assert script(test, tmp_path / "run")[0] == 0
+    scores = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert scores["per_class"]["rare"]["support"] == 0 and math.isfinite(scores["f1_macro"])
+
+
+@pytest.mark.parametrize("values, said", [((math.nan, 1), "NaN or infinite"), ((math.inf, 1), "NaN or infinite"),
+                                          ((-3e38, 3e38), ""), ((1e-40, 2e-40), ""), ((5, 5), "")])
+def test_floats_at_the_edge(tmp_path, values, said):
+    image = np.linspace(0, 1, 600).reshape(20, 30).astype(np.float32)
+    image[:10], image[10:] = values
+    tifffile.imwrite(tmp_path / "edge.tif", image)
+    if said:
+        with pytest.raises(data.DataError, match=f"edge.tif: holds pixels that are {said}"):
+            data.read_image(tmp_path / "edge.tif")
+        return
+    found = data.normalise(data.read_image(tmp_path / "edge.tif")[0])
+    assert np.isfinite(found).all() and set(np.unique(found)) == ({0.0} if values[0] == values[1] else {0.0, 1.0})
+
+
+def test_deterministic_sums_are_the_same_loss():
+    logits, truth = torch.randn(2, 2, 9, 7, requires_grad=True), torch.randint(2, (2, 9, 7))
+    for weights in (None, torch.tensor([0.3, 0.7])):
+        plain, = torch.autograd.grad(dedl.cross_entropy(logits, truth, weights), logits)
+        torch.use_deterministic_algorithms(True)
+        try:
+            summed = dedl.cross_entropy(logits, truth, weights)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        torch.testing.assert_close(summed, dedl.cross_entropy(logits, truth, weights))
+        torch.testing.assert_close(torch.autograd.grad(summed, logits)[0], plain)
+
+
+def test_deterministic_is_a_flag_that_is_heard(tiny, script, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *wish, **how: asked.append(wish))
+    assert script(train, "--data", tiny, *TRAIN, "--deterministic", "--out", tmp_path / "run")[0] == 0
+    assert asked == [(True,)] and json.loads((tmp_path / "run" / "config.json").read_text())["deterministic"] is True
