@@ -83,11 +83,11 @@ def read_image(path, channels=("DAPI",)):
         names = tuple(name for name, _ in chosen)
     else:
         arrays, names = [decode_picture(path)], ("grey",)
-    image = np.concatenate([channels_first(array) for array in arrays]).astype(np.float32)
+    with np.errstate(over="ignore"):  # of what float32 cannot hold infinity remains
+        image = np.concatenate([channels_first(array) for array in arrays]).astype(np.float32)
     if len(arrays) == 1 and len(image) == 3:
         names = ("red", "green", "blue")
-    if not np.isfinite(image).all():
-        raise DataError(f"{path}: holds pixels that are NaN or infinite; write it again with finite values")
+    _refuse_not_finite(path, image)
     return image, names                                                                                   # (C, H, W)
 
 
@@ -113,6 +113,7 @@ def read_mask(path):
             mask = _page_array(path, pages[0])
     else:
         mask = decode_picture(path, palette_index=True)
+    _refuse_not_finite(path, mask)
     return (channels_first(mask) != 0).any(0)                                                            # (H, W)
 
 
@@ -138,9 +139,9 @@ def read_picture(path):
     if len(picture) not in (1, 3):
         raise DataError(f"{path}: has {len(picture)} channels; a picture to classify is grey or RGB")
     if picture.dtype != np.uint8:
-        picture = picture.astype(np.float32)
-        if not np.isfinite(picture).all():
-            raise DataError(f"{path}: holds pixels that are NaN or infinite; write it again with finite values")
+        with np.errstate(over="ignore"):
+            picture = picture.astype(np.float32)
+        _refuse_not_finite(path, picture)
         picture = (normalise(picture) * 255).round().astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(picture, (3, *picture.shape[1:])))                        # (3, H, W)
 
@@ -164,6 +165,11 @@ def channel_names(text):
     if not names:
         raise DataError(f"--channel {text!r}: names no page; give one or more, as in DAPI,CD4")
     return names
+
+
+def _refuse_not_finite(path, array):
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError(f"{path}: holds pixels that are NaN or infinite; write it again with finite values")
 
 
 @contextmanager
@@ -522,7 +528,7 @@ def naming_files(dataset):
     except DataError as error:  # of a loader process it holds a whole traceback
         raise DataError(str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")) from error
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         dead = set(map(int, re.findall(r"\d+", str(error))))
         files = [str(dataset.file_of(index)) for pid, index in dataset.noted.tolist() if pid in dead]

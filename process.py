@@ -1,6 +1,7 @@
 """How a script starts and ends: its flags, errors in one line, interruptions, files that are written whole, and the
 several processes of one training (torchrun)."""
 import argparse
+import errno
 import os
 import re
 import signal
@@ -54,19 +55,24 @@ def command(main, argv=None, errors=(), memory="take smaller images"):
     ends by fail, an interruption with the line that it carries and the status that shells know; without traceback."""
     def terminate(*_):
         raise Terminated
+    global _store
     before = signal.signal(signal.SIGTERM, terminate)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
+        if dist.is_torchelastic_launched():
+            _store, _, _ = next(dist.rendezvous("env://"))
         main(argv)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except OSError as error:
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except errors as error:
         fail(one_line(error))
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             fail(f"out of memory; {memory} ({one_line(error, 150)})")
-        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
+        if isinstance(error, OSError):
+            fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        if _store is None or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
             raise
         fail("another process of this training ended; if it said nothing it was killed, perhaps for memory")
     except KeyboardInterrupt as error:
@@ -85,18 +91,16 @@ def one_line(error, length=1000):
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that the device or the machine has too little memory."""
-    said = "out of memory|can't allocate memory|[Cc]annot allocate memory|could not create a memory"
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(re.search(said, str(error)))
+    """Whether an exception says that the device or the machine has too little memory, or allows no more processes."""
+    said = "out of memory|annot allocate memory|can't allocate memory|not enough memory|could not create a memory|" \
+           "bad_alloc|ALLOC_FAILED|can't start new thread"
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(re.search(said, str(error)))
+            or isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN))
 
 
 def _last_words(message, status):
     """Of several processes that end, the first alone speaks: the others end because it did, or for the same reason."""
-    if _store is None:
-        speaks = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
-    else:
-        speaks = _store.add("last words", 1) == 1
-    if speaks:
+    if _store is None or _store.add("last words", 1) == 1:
         print(message, file=sys.stderr, flush=True)
     if _store is not None:
         os._exit(status)  # an orderly exit would wait for the others
@@ -109,6 +113,8 @@ def replacing(file, mode="wb", **how):
     """A handle to write `file` by. The old file stays until the new one is whole and on the disk: a crash, a kill or a
     full disk leaves the old one."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # its own: folds of a run may be trained side by side
+    if "b" not in mode:
+        how = {"encoding": "utf-8", "errors": "surrogateescape", **how}
     try:
         with open(temporary, mode, **how) as handle:
             yield handle
@@ -129,11 +135,12 @@ _store = None  # what the processes share beside their tensors
 def join(device):
     """Joins the processes of this training, if torchrun started several; device: "cpu", "cuda" or "mps". All but the
     first fall silent."""
-    global _store
-    if not dist.is_torchelastic_launched():
+    if _store is None:
         return
-    _store, own, count = next(dist.rendezvous("env://"))
+    own, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     beside = int(os.environ["LOCAL_WORLD_SIZE"])
+    if device == "mps":
+        fail("--device mps: torchrun's processes can share a batch on a CPU or on several CUDA GPUs; give --device cpu")
     if device == "cuda":
         if beside > torch.cuda.device_count():
             fail(f"--nproc-per-node {beside}: there are {torch.cuda.device_count()} GPUs here; take at most as many")

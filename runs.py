@@ -59,16 +59,19 @@ class Compute:
         return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
 
 
+def devices():
+    """The names of the devices that are here, the best first."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, there in have.items() if there]
+
+
 def choose_compute(device="auto", amp="auto", keep_memory=True):
     """Compute for the flags --device and --amp. auto: the best device there is; bf16 where it is fast there, fp16 on
     older GPUs, float32 elsewhere. keep_memory: a CPU's freed memory is kept for the next step. Raises RunError for a
     device that is not there."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name, there in have.items() if there)
-    if not have[device]:
-        usable = " or ".join(name for name, there in have.items() if there)
-        raise RunError(f"--device {device}: there is none here; use {usable}")
+    device = devices()[0] if device == "auto" else device
+    if device not in devices():
+        raise RunError(f"--device {device}: there is none here; use {' or '.join(devices())}")
     if amp == "auto":
         if device == "cuda":
             amp = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
@@ -189,9 +192,9 @@ def load_checkpoint(file, *keys):
             if damaged := whole.testzip():
                 raise ValueError(f"{damaged} is damaged")
         values = torch.load(file, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # unpickling and zip errors have no common kind
+        if isinstance(error, OSError) or process.is_out_of_memory(error):
+            raise
         raise RunError(f"{file}: is not a checkpoint, a file of tensors and plain values "
                        f"({process.one_line(error, 100)})") from error
     if not isinstance(values, dict) or not all(key in values for key in keys):
@@ -232,7 +235,7 @@ def same_setting(file, checkpoint, config):
 def fold_folders(run):
     """{number: folder} of the folds in a run's folder that have a best.pt. Raises RunError if there is none."""
     folders = {int(path.parent.name[4:]): path.parent for path in run.glob("fold*/best.pt")
-               if path.parent.name[4:].isdigit()}
+               if path.parent.name[4:].isdecimal()}
     if not folders:
         raise RunError(f"{run}: holds no fold with a best.pt; is it the folder of a classification run?")
     return dict(sorted(folders.items()))
@@ -291,7 +294,8 @@ def evaluate(model, fields, compute, class_weights=None, progress=iter, predict=
     for indices in progress(_batches_of_one_size(fields)[process.rank()::process.world()]):
         logits = predict(model, torch.stack([fields[i].image for i in indices]), compute)     # (N, classes, H, W)
         truth = torch.stack([fields[i].mask for i in indices]).to(logits.device)              # (N, H, W)
-        loss += F.cross_entropy(logits, truth.long(), class_weights, reduction="sum").item()
+        # not reduction="sum": a GPU adds in the order in which its threads come
+        loss += F.cross_entropy(logits, truth.long(), class_weights, reduction="none").sum().item()
         weight += truth.numel() if class_weights is None else class_weights[truth.long()].sum().item()
         for i, predicted, mask in zip(indices, logits.argmax(1).bool(), truth):
             counts[i], masks[i] = dedl.confusion(predicted, mask).cpu(), predicted.cpu()
@@ -349,7 +353,7 @@ def load_probabilities(file, classes):
     """What save_probabilities wrote with labels: images, probabilities (N, classes), truth (N, classes) bool. Raises
     RunError."""
     try:
-        with open(file, newline="") as handle:
+        with open(file, newline="", encoding="utf-8", errors="surrogateescape") as handle:
             header, *rows = csv.reader(handle)
         if header != ["image", "labels", *classes]:
             raise ValueError

@@ -11,6 +11,7 @@ with contours, of a classification images with their true labels and those found
 by tiles, put together, every pixel counted once. A cross-validation is measured fold by fold and as the ensemble of its
 folds, their mean probability.
 """
+import math
 from functools import partial
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def test_segmentation(run, config, compute, args):
     bar = partial(process.progress, what=f"predicting {args.split}", unit="batch")
     counts, loss, masks = runs.evaluate(model, fields, compute, progress=bar,
                                         predict=runs.predict_eight_ways if args.tta else runs.predict)
+    if not math.isfinite(loss):
+        raise runs.RunError(f"{run}: its network gives no numbers for the {args.split} images; use --amp off")
     scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss}
 
     # 3. numbers, picture, masks
@@ -161,8 +164,10 @@ def test_classification(run, config, compute, args):
 
     # 4. the same numbers in print
     print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds")
-    epochs = {f"fold{fold}": len(folder.joinpath("metrics.csv").read_text(errors="replace").splitlines()) - 1
-              for fold, folder in runs.fold_folders(run).items()}  # shown, since a fold may not be finished
+    epochs = {}  # shown, since a fold may not be finished; killed in its first it has no metrics.csv yet
+    for fold, folder in runs.fold_folders(run).items():
+        file = folder / "metrics.csv"
+        epochs[f"fold{fold}"] = len(file.read_text(errors="replace").splitlines()) - 1 if file.is_file() else 1
     rows = {**{f"{fold}, {epochs[fold]} epochs": scores for fold, scores in folds.items()}, "mean": mean,
             **({"std": deviation} if deviation else {}), "ensemble": at_half, "at thresholds": tuned,
             **{f"guess {name}": scores for name, scores in guesses.items()}}
@@ -184,6 +189,8 @@ def predict_by_folds(run, config, shown, compute, args):
         model = runs.load_best(folder, models.build_classifier, compute, config)
         bar = partial(process.progress, what=f"predicting, fold {fold}", unit="batch")
         found[fold] = runs.classify(model, shown, compute, flips=args.tta, progress=bar).sigmoid()
+        if not found[fold].isfinite().all():
+            raise runs.RunError(f"{folder}: its network gives no numbers for some images; use --amp off")
     return found
 
 

@@ -43,12 +43,11 @@ RECIPES = {
                           image_size=160)}}
 RECIPES["seg"]["synthetic"] = {**RECIPES["seg"]["short"], "batch_size": 8, "epochs": 3, "tile": 128}
 RECIPES["cls"]["synthetic"] = {**RECIPES["cls"]["short"], "lr": 1e-3, "epochs": 30, "image_size": 128}
-PLACE = ("out", "resume", "workers", "device", "amp", "deterministic", "fold")  # of a machine, not of the training
+PLACE = ("out", "resume", "workers", "device", "amp", "deterministic", "fold")  # may be others when a run goes on
 ONLY = {"seg": ("arch", "encoder", "depth", "app", "app_activation", "app_weight", "tile", "channel"),
         "cls": ("model", "image_size", "folds", "fold", "gamma", "swa")}  # flags of one task alone
 SWA_SHARE, SWA_RATE = 0.25, 0.25  # --swa averages over the last quarter of the epochs, at a quarter of the largest rate
-BAD_STEPS = 4   # so many steps one after another without finite gradients, and the run stops;
-BAD_FP16 = 20   # of fp16 some belong to it: by them its scale is found
+BAD_STEPS = 4  # so many steps one after another without finite gradients, and the run stops
 
 
 def main(argv=None):
@@ -85,7 +84,7 @@ def make_parser():
         "loss; auto: by how frequent they are in training; published: the paper's; or numbers: background,nucleus for "
         f"seg, the classes in alphabetical order for cls {default('class_weights')}")
     add("--seed", type=process.SEED, default=77, help="[77]")
-    add("--workers", type=number(int, 0), help="loader processes [0 on a CPU, else up to 4]")
+    add("--workers", type=number(int, 0, 256), help="loader processes [0 on a CPU, else up to 4]")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision [auto]")
     add("--deterministic", action="store_true", help="let a GPU use only algorithms that give the same bits each "
@@ -103,7 +102,7 @@ def make_parser():
     add("--app", choices=["conv", "linear", "none"], default="conv", help="autoencoder post-processing loss [conv]")
     add("--app-activation", choices=list(dedl.ACTIVATIONS), default="gelu", help="[gelu]")
     add("--app-weight", type=number(float, 0), default=1.0, help="factor of APP's penalty [1]")
-    add("--tile", type=number(int, 16), help=f"side of a tile in pixels {default('tile')}")
+    add("--tile", type=number(int, 16, 16384), help=f"side of a tile in pixels {default('tile')}")
     add("--channel", default="DAPI", help="page of a multi-page TIFF by name, or several: DAPI,CD4 [DAPI]")
     add = parser.add_argument_group("--task cls").add_argument
     add("--model", default="resnet18", metavar="TIMM_NAME", help="[resnet18]")
@@ -124,7 +123,10 @@ def parse_args(argv=None):
     if args.resume:
         args.out = args.out or runs.newest_run("config.json")
         saved = runs.read_config(args.out)
-        settings = as_flags({name: saved.get(name) for name in vars(args) if name not in PLACE})
+        precision = {"bfloat16": "bf16", "float16": "fp16", "float32": "off"}.get(saved.get("amp"), "auto")
+        device = saved.get("device") if saved.get("device") in runs.devices() else "auto"
+        settings = as_flags({**{name: saved.get(name) for name in vars(args) if name not in PLACE}, "device": device,
+                             "amp": precision, "deterministic": saved.get("deterministic")})
         parser.source = f"{args.out / 'config.json'}: "
         parser.parse_args(settings)
         parser.source = ""
@@ -257,9 +259,9 @@ def load_splits(records, args):
         if not found:
             raise runs.RunError(f"--data: {args.data} has no images of split {split}; training needs some")
     fields = data.read_fields(train + validation, data.channel_names(args.channel), "training and validation images")
-    print(*notes([f"{field.record.image}: the image is constant" for field in fields if not field.image.any()]),
-          *notes([f"{field.record.mask}: the mask is empty" for field in fields if not field.mask.any()]), sep="\n",
-          end="")
+    for line in (*notes([f"{field.record.image}: the image is constant" for field in fields if not field.image.any()]),
+                 *notes([f"{field.record.mask}: the mask is empty" for field in fields if not field.mask.any()])):
+        print(line)
     return fields[:len(train)], fields[len(train):]
 
 
@@ -294,6 +296,11 @@ def train_classification(args, compute):
                             f"{out} was started with; train a new run")
     known, folds = choose_folds(records, classes, args)
     labelled = data.read_labelled(known, classes, args.image_size, models.interpolation(args.model), "training images")
+    if torch.is_tensor(labelled.pictures):
+        flat = labelled.pictures.flatten(2)                                                   # (N, 3, S * S)
+        constant = (flat.amin(2) == flat.amax(2)).all(1).tolist()
+        for line in notes([f"{record.image}: the image is constant" for record, c in zip(known, constant) if c]):
+            print(line)
 
     # 2. fold by fold
     setting = dict(model=args.model, classes=len(classes), image_size=args.image_size)
@@ -314,11 +321,11 @@ def train_classification(args, compute):
         if not begun:
             weights = process.from_first(getattr, model, "weights_used")  # not by a try to download in each fold
         weights_of_classes = classification_weights(args.class_weights, classes, labelled.truth[train])
-        if process.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
         config = save_config(args, compute, model, setting=setting, weights_used=weights, classes=classes,
                              images=images, train_images_used=len(known) if args.folds > 1 else len(train),
                              **({"fold": begun.get("fold")} if begun else {}))
+        if process.rank() == 0:  # after config.json: who finds the folder finds that too
+            folder.mkdir(exist_ok=True)
         print(f"{out}, fold {fold}: {args.model}, {config['parameters'] / 1e6:.2f} M parameters, {len(train)} training "
               f"and {len(validation)} validation images of {args.image_size}, {where(compute)}; class weights "
               f"{', '.join(f'{n} {w:.2f}' for n, w in zip(classes, weights_of_classes))}", flush=True)
@@ -400,7 +407,8 @@ def train_fold(out, model, labelled, train, validation, best, compute, args, res
         started = time.perf_counter()
         # a last batch of one picture has no variance for BatchNorm to learn from
         loader = make_loader(augmented, args, compute, state["epoch"] + 1,
-                             drop_last=len(train) > args.batch_size and len(train) % args.batch_size == 1)
+                             drop_last=len(train) > args.batch_size and len(train) % args.batch_size == 1 and
+                             process.world() == 1)
         (train_loss,), speed = train_epoch(parts, loader, losses_of, compute, state["epoch"] + 1, args)
         network = model
         if averages(state["epoch"], args):  # from here on the average is what is validated and kept
@@ -578,13 +586,16 @@ def train_epoch(parts, loader, losses_of, compute, epoch, args):
             else:
                 torch._foreach_copy_(statistics, kept)  # BatchNorm has seen the batch: it would never forget a NaN
                 bad, left_out = bad + 1, left_out + 1
-                if bad >= (BAD_FP16 if scaler.is_enabled() else BAD_STEPS):
+                # fp16 finds its scale by such steps; below 1 it is not the scale
+                if bad >= BAD_STEPS and (not scaler.is_enabled() or scaler.get_scale() < 1):
                     raise not_finite(loader, step - bad + 1, step, epoch, args)
             scaler.update()
             if step % 10 == 0 and not bar.disable and seen:
                 speed = seen / (time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}, {speed:.1f} images/s")
     if not seen:
+        if scaler.is_enabled() and scaler.get_scale() >= 1:  # an epoch of few steps, all used up to find it
+            return train_epoch(parts, loader, losses_of, compute, epoch, args)
         raise not_finite(loader, 0, left_out - 1, epoch, args)
     if left_out:
         print(*notes([f"{left_out} steps left out, since their gradients were not finite"]))

@@ -29,6 +29,11 @@ def poison(monkeypatch, when):
     monkeypatch.setattr(data.Crops, "__getitem__", item)
 
 
+def begin_scale(monkeypatch, scale):
+    whole = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *place, **how: whole(*place, init_scale=float(scale), **how))
+
+
 @pytest.mark.parametrize("precision", ["off", "fp16"])
 def test_a_run_of_bad_steps_is_ended_with_epoch_batch_and_files(tiny, script, tmp_path, monkeypatch, precision):
     run = tmp_path / "run"
@@ -36,10 +41,10 @@ def test_a_run_of_bad_steps_is_ended_with_epoch_batch_and_files(tiny, script, tm
     poison(monkeypatch, lambda epoch: epoch == 2)  # all tiles, of the one field that is used
     monkeypatch.setattr(train, "limit", lambda records, _: records[:1])
     monkeypatch.setattr(train, "BAD_STEPS", 2)
-    monkeypatch.setattr(train, "BAD_FP16", 2)
+    begin_scale(monkeypatch, 2)
     status, _, err = script(train, *settings, "--epochs", 3)
     assert status == 2 and err.count("\n") == 1
-    assert "is not finite in epoch 2, batches 1 to 2" in err and f"the first of {tiny / 'field0.png'})" in err
+    assert "is not finite in epoch 2, batches " in err and f"the first of {tiny / 'field0.png'})" in err
     assert "lower --lr" in err and "last.pt keeps the state after epoch 1" in err
     last = runs.load_checkpoint(run / "last.pt")
     assert last["state"]["epoch"] == 1 and all(tensor.isfinite().all() for tensor in last["model"].values())
@@ -77,12 +82,35 @@ def test_constant_images_and_empty_masks_are_said_and_trained(tiny, script, tmp_
     Image.new("L", (64, 45), 77).save(tiny / "field1.png")  # field1 and its mask have this size
     Image.new("L", (61, 50)).save(tiny / "labels2.png")
     status, out, err = script(train, "--data", tiny, *TRAIN, "--out", tmp_path / "run")
-    assert status == 0 and f"NOTE: {tiny / 'field1.png'}: the image is constant" in out, err
-    assert f"NOTE: {tiny / 'labels2.png'}: the mask is empty" in out and out.count("NOTE") == 2
+    assert status == 0 and f"  NOTE: {tiny / 'field1.png'}: the image is constant\n" in out, err
+    assert f"  NOTE: {tiny / 'labels2.png'}: the mask is empty\n" in out and out.count("NOTE") == 2
     Image.new("L", (46, 75)).save(tiny / "labels7.png")  # of the test
     assert script(test, tmp_path / "run")[0] == 0
     scores = json.loads((tmp_path / "run" / "test.json").read_text())
     assert all(math.isfinite(value) for value in scores.values() if isinstance(value, float))
+
+
+def test_constant_pictures_are_said(coloured, script, tmp_path):
+    Image.new("RGB", (60, 40), (9, 70, 200)).save(coloured / "picture0.png")
+    status, out, err = script(train, "--data", coloured, *CLASSIFY, "--fold", 0, "--out", tmp_path / "run")
+    assert status == 0 and f"  NOTE: {coloured / 'picture0.png'}: the image is constant\n" in out, err
+
+
+def test_half_precision_finds_its_scale_in_epochs_of_one_step(coloured, script, tmp_path, monkeypatch):
+    """Each step of an epoch may be left out until the scale fits; the epoch is gone through until one is not."""
+    begin_scale(monkeypatch, 2 ** 30)
+    settings = [*CLASSIFY, "--fold", 0, "--epochs", 1, "--batch-size", 64, "--amp", "fp16", "--out", tmp_path / "run"]
+    status, out, err = script(train, "--data", coloured, *settings)
+    assert status == 0 and 1 < torch.load(tmp_path / "run" / "fold0" / "last.pt")["scaler"]["scale"] < 2 ** 29, err
+
+
+def test_predictions_that_are_no_numbers_are_said(finished, cross_validated, script, tmp_path, monkeypatch):
+    whole_loss, whole_classify = runs.evaluate, runs.classify
+    monkeypatch.setattr(runs, "evaluate", lambda *a, **k: (whole_loss(*a, **k)[0], math.nan, whole_loss(*a, **k)[2]))
+    monkeypatch.setattr(runs, "classify", lambda *a, **k: whole_classify(*a, **k) * math.nan)
+    for run, _ in (finished, cross_validated):
+        status, _, err = script(test, run)
+        assert status == 2 and "its network gives no numbers for" in err and "--amp off" in err
 
 
 def test_a_class_of_the_validation_rows_alone(coloured, script, tmp_path):
@@ -103,6 +131,8 @@ def test_floats_at_the_edge(tmp_path, values, said):
     image[:10], image[10:] = values
     tifffile.imwrite(tmp_path / "edge.tif", image)
     if said:
+        with pytest.raises(data.DataError, match=f"edge.tif: holds pixels that are {said}"):
+            data.read_mask(tmp_path / "edge.tif")
         with pytest.raises(data.DataError, match=f"edge.tif: holds pixels that are {said}"):
             data.read_image(tmp_path / "edge.tif")
         return

@@ -52,7 +52,7 @@ def test_a_segmentation_changes_its_number_of_processes(tiny, script, tmp_path):
     """One process, then two, then one; what two measure is what one measures with the same weights."""
     run, settings = tmp_path / "run", ["--amp", "off", "--recipe", "paper", "--epochs"]
     assert script(train, "--data", tiny, *TRAIN, *settings, 1, "--out", run)[0] == 0
-    ended = torchrun("train.py", "--resume", "--out", run, "--epochs", 3, "--amp", "off")
+    ended = torchrun("train.py", "--resume", "--out", run, "--epochs", 3)
     assert ended.returncode == 0 and "going on after epoch 1" in ended.stdout, ended.stderr
     rows, last = metrics(run), torch.load(run / "last.pt")
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
@@ -119,6 +119,15 @@ def test_the_number_of_workers_changes_no_figure(tiny, coloured, script, tmp_pat
         assert script(train, *arguments, "--workers", workers, "--out", out)[0] == 0
         rows.append([{**row, "seconds": 0} for row in metrics(out / "fold1" if task == "cls" else out)])
     assert rows[0] == rows[1]
+
+
+def test_an_error_of_ours_in_a_loader_process_stays_one(coloured, script, tmp_path, monkeypatch):
+    def wrong(path):
+        raise RuntimeError("a bug of ours")
+    monkeypatch.setattr(data, "read_picture", wrong)
+    monkeypatch.setattr(data, "PICTURE_MEMORY", 0)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        script(train, "--data", coloured, *CLASSIFY, "--workers", 1, "--out", tmp_path / "run")
 
 
 @pytest.mark.parametrize("how", ["killed", "broken"])

@@ -190,6 +190,21 @@ def test_an_interruption_says_how_to_go_on(whole, script, tmp_path, number, stat
     assert metrics(tmp_path / "run")[:4] == metrics(uninterrupted)
 
 
+def test_a_cross_validation_killed_before_its_settings_were_saved_begins_anew(coloured, script, tmp_path):
+    arguments = ["--data", str(coloured), *CLASSIFY, "--fold", "0", "--out", str(tmp_path / "run")]
+    assert ended(train_and_die, arguments, "within", "config.json", 1) == -signal.SIGKILL
+    assert script(train, *arguments)[0] == 0 and len(metrics(tmp_path / "run" / "fold0")) == 2
+
+
+def test_going_on_keeps_precision_and_device(tiny, script, tmp_path):
+    run = tmp_path / "run"
+    assert script(train, "--data", tiny, *TRAIN, "--amp", "off", "--deterministic", "--out", run)[0] == 0
+    torch.use_deterministic_algorithms(False)
+    args = train.parse_args(["--resume", "--out", str(run)])
+    assert (args.amp, args.deterministic, args.device) == ("off", True, "cpu")
+    assert train.parse_args(["--resume", "--out", str(run), "--amp", "bf16"]).amp == "bf16"
+
+
 def test_interrupted_before_anything_is_saved(tiny, script, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
