@@ -193,7 +193,7 @@ def load_checkpoint(file, *keys):
                 raise ValueError(f"{damaged} is damaged")
         values = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling and zip errors have no common kind
-        if isinstance(error, OSError) or process.is_out_of_memory(error):
+        if isinstance(error, PermissionError) or process.is_out_of_memory(error):
             raise
         raise RunError(f"{file}: is not a checkpoint, a file of tensors and plain values "
                        f"({process.one_line(error, 100)})") from error

@@ -289,7 +289,8 @@ if not torch.cuda.is_available():
 @pytest.mark.parametrize("command, arguments, damage, said", BAD, ids=lambda value: "")
 def test_bad_input(tiny, coloured, finished, cross_validated, script, tmp_path, command, arguments, damage, said):
     for name, (run, _) in {"seg": finished, "cls": cross_validated}.items():
-        shutil.copytree(run, tmp_path / name)
+        if f"{{{name}}}" in arguments:
+            shutil.copytree(run, tmp_path / name)
     at = SimpleNamespace(tmp=tmp_path, tiny=tiny, coloured=coloured)
     if damage:
         damage(at)

@@ -15,7 +15,7 @@ import data
 import runs
 import train
 
-CASES = 1000  # of each kind of file
+CASES = 500  # of each kind of file
 
 
 def damaged(content, rng):

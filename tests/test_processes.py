@@ -144,6 +144,6 @@ def test_a_loader_process_that_ends_names_its_file(coloured, script, tmp_path, m
 
     monkeypatch.setattr(data, "read_picture", dying)
     monkeypatch.setattr(data, "PICTURE_MEMORY", 0)
-    status, _, err = script(train, "--data", coloured, *CLASSIFY, "--workers", 2, "--out", tmp_path / "run")
+    status, _, err = script(train, "--data", coloured, *CLASSIFY, "--workers", 1, "--out", tmp_path / "run")
     assert status == 2 and err.startswith(f"error: {coloured / 'picture7.png'}: ") and err.count("\n") == 1, err
     assert ("died while it read this" if how == "killed" else "cannot be read") in err

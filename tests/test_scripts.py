@@ -121,7 +121,7 @@ def test_a_resumed_run_equals_one_never_stopped(tiny, script, tmp_path):
 
 def test_resume_in_other_states(tiny, script, tmp_path):
     run = tmp_path / "run"
-    assert script(train, "--data", tiny, "--out", run, *TRAIN, "--amp", "off")[0] == 0
+    assert script(train, "--data", tiny, "--out", run, *TRAIN, "--amp", "off", "--limit-train", 1)[0] == 0
     config = json.loads((run / "config.json").read_text())
     for name in ("last.pt", "best.pt", "metrics.csv"):
         (run / name).unlink()  # as after an interruption in the first epoch
@@ -148,7 +148,8 @@ def test_training_learns(tiny, script, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("--arch", "unetpp"), ("--encoder", "efficientnet_b0"), ("--app", "linear"),
-                                   ("--app-activation", "relu"), ("--class-weights", "published"), ("--amp", "fp16"),
+                                   ("--app-activation", "relu"), ("--class-weights", "published"),
+                                   ("--amp", "fp16", "--limit-train", "1"),
                                    ("--amp", "off"), ("--recipe", "paper"), ("--depth", "4"), ("--workers", "2")])
 def test_flags_train(tiny, script, tmp_path, flags):
     status, _, _ = script(train, "--data", tiny, "--out", tmp_path / "run", *TRAIN, *flags)
@@ -172,7 +173,8 @@ def test_real_tissue_trains_and_tests(script, tmp_path):
     status, _, _ = script(train, "--data", SHARED / "inform", "--out", run, *TRAIN, "--tile", 256, "--limit-train", 1,
                           "--depth", 5)
     assert status == 0 and json.loads((run / "config.json").read_text())["setting"]["in_channels"] == 3
-    assert script(test, run)[0] == 0 and json.loads((run / "test.json").read_text())["images"] == 2
+    assert script(test, run, "--split", "validation")[0] == 0
+    assert json.loads((run / "validation.json").read_text())["images"] == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- tiles
