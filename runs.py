@@ -34,11 +34,10 @@ class RunError(ValueError):
     """A run's folder, checkpoint or setting is not usable; the message is one line, fit to be shown."""
 
 
-def command(main, argv=None):
-    """Runs the main of train.py or test.py; what the user can mend ends as one line on stderr and exit status 2."""
-    process.command(main, argv, (data.DataError, models.ModelError, RunError),
-                    memory="lower --batch-size, then --tile or --image-size; or take a smaller --encoder or --model, "
-                           "--depth 5, or --amp bf16")
+def command(main, argv=None, memory="take smaller images, or --amp bf16"):
+    """Runs the main of train.py or test.py; what the user can mend ends as one line on stderr and exit status 2.
+    memory: what to change where there is too little."""
+    process.command(main, argv, (data.DataError, models.ModelError, RunError), memory)
 
 
 # ------------------------------------------------------------------------------------------------- device and precision

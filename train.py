@@ -47,6 +47,8 @@ PLACE = ("out", "resume", "workers", "device", "amp", "deterministic", "fold")  
 ONLY = {"seg": ("arch", "encoder", "depth", "app", "app_activation", "app_weight", "tile", "channel"),
         "cls": ("model", "image_size", "folds", "fold", "gamma", "swa")}  # flags of one task alone
 SWA_SHARE, SWA_RATE = 0.25, 0.25  # --swa averages over the last quarter of the epochs, at a quarter of the largest rate
+LESS_MEMORY = "lower --batch-size, then --tile or --image-size; or take a smaller --encoder or --model, --depth 5, " \
+              "or --amp bf16"
 BAD_STEPS = 4  # so many steps one after another without finite gradients, and the run stops
 
 
@@ -707,4 +709,4 @@ def resume(out, parts, setting):
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    runs.command(main, memory=LESS_MEMORY)

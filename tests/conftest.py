@@ -101,7 +101,8 @@ def script(capfd, tmp_path, monkeypatch):
     def call(module, *arguments):
         capfd.readouterr()
         try:
-            runs.command(module.main, [str(argument) for argument in arguments])
+            more = {"memory": module.LESS_MEMORY} if hasattr(module, "LESS_MEMORY") else {}
+            runs.command(module.main, [str(argument) for argument in arguments], **more)
             status = 0
         except SystemExit as end:
             status = end.code or 0

@@ -72,7 +72,7 @@ def train_and_die(arguments, when, name, number):
 
     process.replacing, process.combine = replacing, at("step", combine)
     runs.evaluate = at("validation", evaluate)
-    runs.command(train.main, arguments)
+    runs.command(train.main, arguments, train.LESS_MEMORY)
 
 
 def train_on(arguments, log):
@@ -80,7 +80,7 @@ def train_on(arguments, log):
     torch.set_num_threads(2)
     for number in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-    runs.command(train.main, arguments)
+    runs.command(train.main, arguments, train.LESS_MEMORY)
 
 
 def train_on_a_small_disk(arguments, log, most):
