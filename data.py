@@ -38,6 +38,7 @@ import process
 # of broken files one clear line is said, here, instead of what the decoders print
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="PIL")
+Image.MAX_IMAGE_PIXELS = None  # see _refuse_too_large
 for library in Path(Image.__file__).parents[1].glob("pillow.libs/libtiff*"):  # as wheels for Linux bring it
     ctypes.CDLL(str(library)).TIFFSetErrorHandler(None)
 
@@ -47,16 +48,14 @@ PAPER_CLASSES = ("b", "tfh", "tfh217", "tfhl", "other")  # in the order of the n
 PICTURE_MEMORY = 4 << 30      # bytes; pictures to classify are kept in memory up to here
 TIFF = (".tif", ".tiff")
 IMAGES = (*TIFF, ".png", ".jpg", ".jpeg")
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: of more, Pillow suspects a bomb, and so do we in a TIFF
+MAX_PIXELS = 1 << 30          # of an image; more are refused, and more than MAX_RATIO a byte of its file:
+MAX_RATIO = 300_000           # a white fax of 32,000 pixels a row has nearly so many, all else far fewer
 PERCENTILES = (1, 99.8)       # brought to 0 and 1, as StarDist does
 ROTATION = 10                 # degrees: the paper's small rotation
 VALIDATION_SHARE = 0.2        # of the training images, where a data folder names no validation rows
 PUBLISHED_PATIENTS = {        # the paper's split of its private set
     "train": ("121919_Myo089", "121919_Myo253", "121919_Myo368"),
     "validation": ("121919_Myo208", "121919_Myo388"), "test": ("121919_Myo231", "121919_Myo511")}
-
-
-TOO_LARGE = f"{{}}: claims to have more than {MAX_PIXELS // 10 ** 6} million pixels; if it has, cut it into fields"
 
 
 class DataError(ValueError):
@@ -167,6 +166,13 @@ def channel_names(text):
     return names
 
 
+def _refuse_too_large(path, height, width, samples=1):
+    size = path.stat().st_size
+    if height * width * samples > min(MAX_PIXELS, MAX_RATIO * size):
+        raise DataError(f"{path}: claims to be {height}x{width} pixels, with {size} bytes; it is no whole image, or "
+                        f"must be cut into fields")
+
+
 def _refuse_not_finite(path, array):
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"{path}: holds pixels that are NaN or infinite; write it again with finite values")
@@ -181,8 +187,6 @@ def _reading(path):
         yield
     except (DataError, MemoryError):
         raise
-    except Image.DecompressionBombError as error:
-        raise DataError(TOO_LARGE.format(path)) from error
     except Exception as error:  # decoders raise nearly every kind
         detail = " ".join(str(error).split())[:120] or type(error).__name__
         raise DataError(f"{path}: cannot be read; is it a whole TIFF, PNG or JPEG file? ({detail})") from error
@@ -221,8 +225,7 @@ def _find_page(path, pages, name):
 
 
 def _page_array(path, page):
-    if page.imagelength * page.imagewidth > MAX_PIXELS or page.samplesperpixel > 64:
-        raise DataError(TOO_LARGE.format(path))
+    _refuse_too_large(path, page.imagelength, page.imagewidth, page.samplesperpixel)
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ValueError(f"a page must be a plane, this one has the axes {page.axes}")
     size = path.stat().st_size
@@ -257,6 +260,7 @@ def _page_by_pillow(path, page):
 
 def decode_picture(path, palette_index=False):
     with _reading(path), Image.open(path) as picture:
+        _refuse_too_large(path, picture.height, picture.width)
         if picture.mode == "P" and not palette_index:
             picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
         elif picture.mode in ("CMYK", "YCbCr", "HSV", "LAB"):
