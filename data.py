@@ -109,7 +109,7 @@ def read_mask(path):
                 raise DataError(f"{path}: no page of compartment Nucleus; it has {has}")
             if len(pages) != 1:
                 raise DataError(f"{path}: holds {len(pages)} pages; a mask must be one, or have one named Nucleus")
-            mask = _page_array(path, pages[0])
+            mask = _page_array(path, pages[0], palette_colours=False)
     else:
         mask = decode_picture(path, palette_index=True)
     _refuse_not_finite(path, mask)
@@ -130,8 +130,6 @@ def read_picture(path):
                 raise DataError(f"{path}: holds {len(pages)} pages and no RGB thumbnail; a picture to classify is one "
                                 f"page, or inForm's component file with its thumbnail")
             array = _page_array(path, pages[0])
-            if pages[0].photometric == tifffile.PHOTOMETRIC.PALETTE:
-                array = (np.moveaxis(np.asarray(pages[0].colormap)[:, array], 0, -1) >> 8).astype(np.uint8)
     else:
         array = decode_picture(path)
     picture = channels_first(array)
@@ -216,7 +214,7 @@ def _find_page(path, pages, name):
     names = [found for _, found in pages]
     if name in names:
         return pages[names.index(name)][0]
-    if name.isdigit() and int(name) < len(pages):
+    if name.isdecimal() and int(name) < len(pages):
         return pages[int(name)][0]
     if any(names):
         raise DataError(f"{path}: no page named {name!r} (--channel); it has {', '.join(filter(None, names))}")
@@ -224,7 +222,9 @@ def _find_page(path, pages, name):
                     f"give their numbers, 0 to {len(pages) - 1}")
 
 
-def _page_array(path, page):
+def _page_array(path, page, palette_colours=True):
+    if page.photometric in (tifffile.PHOTOMETRIC.SEPARATED, tifffile.PHOTOMETRIC.CIELAB):
+        raise DataError(f"{path}: is {page.photometric.name}; save it as grey or RGB")
     _refuse_too_large(path, page.imagelength, page.imagewidth, page.samplesperpixel)
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ValueError(f"a page must be a plane, this one has the axes {page.axes}")
@@ -235,16 +235,20 @@ def _page_array(path, page):
         array = page.asarray()
         if page.axes == "SYX":
             array = np.moveaxis(array, 0, -1)
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u":
-            array = np.iinfo(array.dtype).max - array
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
+            array = ~array
     except (ValueError, ImportError) as error:
         if "imagecodecs" not in str(error):
             raise
         array = _page_by_pillow(path, page)
     if array.shape[:2] != (page.imagelength, page.imagewidth) or array.dtype.kind not in "buif" or not array.size:
         raise ValueError(f"its header says {page.imagelength}x{page.imagewidth}, its pixels are {array.shape}")
-    colours = array.shape[-1] - len(page.extrasamples)
-    return array if array.ndim == 2 else array[..., :colours]                                   # (H, W) or (H, W, C)
+    if array.ndim == 3:
+        array = array[..., :array.shape[-1] - len(page.extrasamples)]
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and palette_colours:
+        array = (np.moveaxis(np.asarray(page.colormap)[:, array], 0, -1) >> 8).astype(np.uint8)
+    return array                                                                                # (H, W) or (H, W, C)
 
 
 def _page_by_pillow(path, page):
@@ -259,7 +263,7 @@ def _page_by_pillow(path, page):
 
 
 def decode_picture(path, palette_index=False):
-    with _reading(path), Image.open(path) as picture:
+    with _reading(path), Image.open(path, formats=("PNG", "JPEG")) as picture:
         _refuse_too_large(path, picture.height, picture.width)
         if picture.mode == "P" and not palette_index:
             picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
@@ -358,9 +362,16 @@ def _is_file(path):
         return False
 
 
+def refuse_special(path):
+    """Raises DataError for a pipe or a device, from which one would read for ever."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{path}: is no plain file")
+
+
 def read_csv(path, columns, first_line):
     """[(line number, {column: text})] of a CSV file that has these columns, separated by commas or, as some
     spreadsheets write, all by semicolons. Raises DataError."""
+    refuse_special(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
@@ -534,6 +545,8 @@ def naming_files(dataset):
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
+        if "Terminated" in str(error):  # SIGTERM to all processes, which reached this one later
+            raise process.Terminated from error
         dead = set(map(int, re.findall(r"\d+", str(error))))
         files = [str(dataset.file_of(index)) for pid, index in dataset.noted.tolist() if pid in dead]
         raise DataError(f"{', '.join(files) or 'a file'}: a loader process died while it read this "

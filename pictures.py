@@ -89,7 +89,7 @@ def save_grid(rows, file, gap=6, strip=20):
             x, y = gap + sum(widths[:c]), gap + sum(heights[:r])
             for number, line in enumerate(caption.split("\n")):
                 line = line[:widths[c] // 2]  # no more letters fit, so that the next lines need not take long
-                while draw.textlength(line, font) > widths[c] - gap:
+                while len(line) > 3 and draw.textlength(line, font) > widths[c] - gap:
                     line = line[:-4] + "..."
                 draw.text((x, y + 16 * number), line, (230, 230, 230), font)
             canvas.paste(Image.fromarray(cell), (x, y + strip))

@@ -42,20 +42,32 @@ class Parser(argparse.ArgumentParser):
 
 def progress(items, what, unit="image", total=None):
     """`items` with a bar on stderr while they are gone through, if that is a terminal and this the first process."""
-    return tqdm(items, what, total, unit=unit, leave=False, disable=True if rank() else None)
+    return tqdm(items, what, total, unit=unit, leave=False, disable=True if rank() or sys.stderr is None else None)
 
 
 # -------------------------------------------------------------------------------------------------------------- endings
+_terminated = False
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, taken as Ctrl-C is."""
+
+
+def heed_termination():
+    """Raises Terminated if SIGTERM came where Python ignores exceptions, as while it forks."""
+    if _terminated:
+        raise Terminated
 
 
 def command(main, argv=None, errors=(), memory="take smaller images"):
     """Runs a script's main. What the user can mend (OSError, `errors`, too little memory: `memory` says what to lower)
     ends by fail, an interruption with the line that it carries and the status that shells know; without traceback."""
     def terminate(*_):
+        global _terminated
+        _terminated = True
         raise Terminated
-    global _store
+    global _store, _terminated
+    _terminated = False
     before = signal.signal(signal.SIGTERM, terminate)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
@@ -71,7 +83,9 @@ def command(main, argv=None, errors=(), memory="take smaller images"):
         if is_out_of_memory(error):
             fail(f"out of memory; {memory} ({one_line(error, 150)})")
         if isinstance(error, OSError):
-            fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+            fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        if "Symlink loop" in str(error):
+            fail(one_line(error))
         if _store is None or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
             raise
         fail("another process of this training ended; if it said nothing it was killed, perhaps for memory")
@@ -79,6 +93,8 @@ def command(main, argv=None, errors=(), memory="take smaller images"):
         _last_words(one_line(error) if str(error) else "interrupted", 143 if isinstance(error, Terminated) else 130)
     finally:
         signal.signal(signal.SIGTERM, before)
+        while _held:
+            _held.pop().close()
 
 
 def fail(message):
@@ -126,6 +142,21 @@ def replacing(file, mode="wb", **how):
         if isinstance(error, OSError):
             raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(file)) from error
         raise
+
+
+_held = []  # open files, whose locks end with them
+
+
+def hold(folder):
+    """Whether this process alone may write into a folder until it, or `command`, ends; True too where files cannot be
+    locked."""
+    try:
+        import fcntl  # not on Windows
+        _held.append(open(folder / ".lock", "w"))
+        fcntl.lockf(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would share
+    except (ImportError, OSError) as error:
+        return not isinstance(error, (BlockingIOError, PermissionError))
+    return True
 
 
 # ---------------------------------------------------------------------------------------- several processes (torchrun)

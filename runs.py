@@ -26,6 +26,8 @@ PREDICTION_BATCH = 1 << 19  # pixels: small fields of one size are predicted tog
 SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic-v2"  # the number rises when data.py makes other pictures
 
 
+WRITTEN = ("best.pt", "last.pt", "metrics.csv", "samples.png", "validation.csv", "test.json", "test.png", "test.csv",
+           "segmentation.csv", "classification.csv")  # where one of these lies, no run may begin
 CONFIG = dict(task=str, data=str, seed=int, images=dict, setting=dict, weights_used=str)  # what others need of a config
 CONFIG_OF = {"seg": dict(channel=str), "cls": dict(model=str, image_size=int, folds=int, classes=list)}
 
@@ -140,6 +142,9 @@ def new_run(out, name, fold=None):
         raise RunError(f"--out {out}: is a file; give a folder")
     if fold is None and (out / "config.json").is_file():
         raise RunError(f"--out {out}: holds a run already; give another folder, or --resume to go on with it")
+    for name in WRITTEN:
+        if (out / name).exists() and not (out / "config.json").is_file():
+            raise RunError(f"--out {out}: holds a {name}, which is of no run here; give another folder")
     if fold is not None and taken(out):
         raise RunError(f"--out {out}: holds fold {fold} already; give another folder, or --resume to go on with it")
     return out
@@ -155,6 +160,7 @@ def newest_run(file):
 
 def read_config(run):
     """A run's config.json as dict. Raises RunError."""
+    data.refuse_special(run / "config.json")
     try:
         config = json.loads((run / "config.json").read_text())
     except FileNotFoundError as error:
@@ -351,6 +357,7 @@ def save_probabilities(file, records, classes, probabilities, with_labels=False)
 def load_probabilities(file, classes):
     """What save_probabilities wrote with labels: images, probabilities (N, classes), truth (N, classes) bool. Raises
     RunError."""
+    data.refuse_special(file)
     try:
         with open(file, newline="", encoding="utf-8", errors="surrogateescape") as handle:
             header, *rows = csv.reader(handle)

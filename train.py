@@ -10,6 +10,7 @@
 """
 import argparse
 import csv
+import hashlib
 import math
 import os
 import platform
@@ -146,8 +147,10 @@ def parse_args(argv=None):
             setattr(args, name, value)
     if args.data:
         args.data = args.data.resolve()
+    if Path(args.weights).is_file():
+        args.weights = str(Path(args.weights).resolve())
     if saved:
-        refuse_other_settings(args, saved, (*PLACE, "epochs", "patience"))
+        refuse_other_settings(args, saved, (*PLACE, "data", "epochs", "patience"))
     if args.task == "seg" and args.tile < 2 ** (args.depth + 1):
         parser.error(f"argument --tile: {args.tile} is too small for depth {args.depth}; take {2 ** (args.depth + 1)}")
     if args.task == "cls" and args.fold is not None and args.fold >= args.folds:
@@ -181,6 +184,19 @@ def refuse_other_settings(args, saved, may_change=PLACE):
                                 f"started with {was}, not {value}")
 
 
+def digest(records):
+    """A hash of which images there are, with their splits and labels, wherever they lie."""
+    rows = sorted(f"{r.name or r.image.name},{';'.join(r.labels)},{r.split}" for r in records)
+    return hashlib.sha256("\n".join(rows).encode(errors="surrogateescape")).hexdigest()
+
+
+def refuse_other_data(args, records, begun):
+    """Raises RunError if the run whose config is `begun`, or None, was started with other images, splits or labels."""
+    if begun and begun.get("rows") != digest(records):
+        raise runs.RunError(f"--data {args.data}: its images, their splits or labels are not those that {args.out} was "
+                            f"started with; train a new run")
+
+
 def class_weights(text):
     """The type of --class-weights: auto, equal, published or a list of numbers."""
     if text in ("auto", "equal", "published"):
@@ -197,6 +213,7 @@ def train_segmentation(args, compute):
     name = f"seg-{args.data.name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}"
     args.out = out = args.out if args.resume else process.from_first(runs.new_run, args.out, name)
     records, said = data.find_records(args.data, args.seed)
+    refuse_other_data(args, records, process.from_first(lambda: runs.read_config(out)) if args.resume else None)
     print(*said, *notes(data.leaks(records)), sep="\n")
     train_fields, val_fields = load_splits(records, args)
     weights_of_classes = segmentation_weights(args.class_weights, train_fields)
@@ -221,7 +238,7 @@ def train_segmentation(args, compute):
     config = save_config(args, compute, model, setting=setting, weights_used=weights_used,
                          class_weights_used=weights_of_classes, channels=train_fields[0].channels,
                          images={split: sum(r.split == split for r in records) for split in data.SPLITS},
-                         train_images_used=len(train_fields))
+                         rows=digest(records), train_images_used=len(train_fields))
     if args.compile:
         model.compile()
     print(f"{out}: {args.arch}/{args.encoder}, {config['parameters'] / 1e6:.2f} M parameters, APP {args.app}, "
@@ -293,9 +310,7 @@ def train_classification(args, compute):
     records, said = data.find_records(args.data, args.seed, task="cls", needs_validation=args.folds == 1)
     print(*said, *notes(data.leaks(records)), sep="\n")
     classes, images = data.class_names(records), {s: sum(r.split == s for r in records) for s in data.SPLITS}
-    if begun and (begun["classes"], begun["images"]) != (classes, images):
-        raise runs.RunError(f"{args.data / 'classification.csv'}: its classes or numbers of images are not those that "
-                            f"{out} was started with; train a new run")
+    refuse_other_data(args, records, begun)
     known, folds = choose_folds(records, classes, args)
     labelled = data.read_labelled(known, classes, args.image_size, models.interpolation(args.model), "training images")
     if torch.is_tensor(labelled.pictures):
@@ -324,14 +339,16 @@ def train_classification(args, compute):
             weights = process.from_first(getattr, model, "weights_used")  # not by a try to download in each fold
         weights_of_classes = classification_weights(args.class_weights, classes, labelled.truth[train])
         config = save_config(args, compute, model, setting=setting, weights_used=weights, classes=classes,
-                             images=images, train_images_used=len(known) if args.folds > 1 else len(train),
+                             images=images, rows=digest(records),
+                             train_images_used=len(known) if args.folds > 1 else len(train),
                              **({"fold": begun.get("fold")} if begun else {}))
         if process.rank() == 0:  # after config.json: who finds the folder finds that too
             folder.mkdir(exist_ok=True)
         print(f"{out}, fold {fold}: {args.model}, {config['parameters'] / 1e6:.2f} M parameters, {len(train)} training "
               f"and {len(validation)} validation images of {args.image_size}, {where(compute)}; class weights "
               f"{', '.join(f'{n} {w:.2f}' for n, w in zip(classes, weights_of_classes))}", flush=True)
-        best = {"setting": setting, "classes": classes, "weights_used": weights, "class_weights": weights_of_classes}
+        best = {"setting": setting, "fold": fold, "classes": classes, "weights_used": weights,
+                "class_weights": weights_of_classes}
         scores.append(train_fold(folder, model, labelled, train, validation, best, compute, args, resumes))
     print(f"done: best validation micro-F1 {sum(scores) / max(1, len(scores)):.4f}, mean of {len(scores)} folds; now: "
           f"python test.py {out}")
@@ -392,7 +409,7 @@ def train_fold(out, model, labelled, train, validation, best, compute, args, res
     average = swa_utils.AveragedModel(model) if args.swa else None
     parts = {"model": model, "optimizer": make_optimizer(model.parameters(), args, compute),
              "scaler": compute.scaler(), **({"average": average} if args.swa else {})}
-    state = resume(out, parts, best["setting"]) if resumes else begin(out, parts)
+    state = resume(out, parts, best["setting"], best["fold"]) if resumes else begin(out, parts)
     focal = dedl.FocalLoss(gamma=args.gamma, class_weights=best["class_weights"]).to(compute.device)
     augmented = data.AugmentedPictures(labelled, train, args.seed, data.AUGMENTATIONS[args.recipe])
     val_records, val_truth = [labelled.records[i] for i in validation], labelled.truth[validation]
@@ -492,6 +509,8 @@ def save_config(args, compute, model, **found):
               "machine": platform.machine()}
     if process.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
+        if args.task == "seg" and not args.resume and (args.out / "config.json").exists():
+            raise runs.RunError(f"--out {args.out}: another run has begun there meanwhile; start again")
         runs.save_json(config, args.out / "config.json")
     return config
 
@@ -562,6 +581,7 @@ def train_epoch(parts, loader, losses_of, compute, epoch, args):
     bar = process.progress(loader, f"epoch {epoch}", "batch")
     with data.naming_files(loader.dataset):
         for step, (images, truth) in enumerate(bar):
+            process.heed_termination()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, epoch - 1 + step / len(loader))
             images, truth = compute.batch(images), truth.to(compute.device, non_blocking=True)
@@ -657,7 +677,7 @@ def end_epoch(out, state, parts, best, started, speed, train_loss, val_loss, sco
         if better:
             runs.save_checkpoint({**best, "epoch": state["epoch"], **score}, out / "best.pt")
         runs.save_checkpoint({**{part: object.state_dict() for part, object in parts.items()}, "state": state,
-                              "setting": best["setting"]}, out / "last.pt")
+                              "setting": best["setting"], "fold": best.get("fold")}, out / "last.pt")
         save_metrics(state, out / "metrics.csv")
     print(f"epoch {state['epoch']:3d}  train loss {train_loss:.4f}  val loss {val_loss:.4f}  {name} {value:.4f}"
           f"{' *' if better else '  '}  {speed:.1f} images/s  {seconds:.0f} s", flush=True)
@@ -671,27 +691,34 @@ def save_metrics(state, file):
         writer.writerows(state["history"])
 
 
-def clear(out):
-    """Removes what a kill has left half written."""
-    for name in ("config.json", "*.pt", "metrics.csv", "samples.png", "validation.csv") if process.rank() == 0 else ():
-        for file in out.glob(f"{name}.*.tmp"):
-            file.unlink()
+def claim(out):
+    """Keeps the folder of a run or a fold for this process, and removes what a kill has left half written there. Raises
+    RunError if another process is training into it."""
+    if process.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if not process.hold(out):
+            raise runs.RunError(f"--out {out}: another process is training into it; wait, or give another")
+        for name in ("config.json", *runs.WRITTEN[:5]):
+            for file in out.glob(f"{name}.[0-9]*.tmp"):
+                file.unlink()
 
 
 def begin(out, parts):
     """The state of a new loop; all processes get the first one's weights."""
-    clear(out)
+    claim(out)
     weights = [weight.data for group in parts["optimizer"].param_groups for weight in group["params"]]
     process.combine([*weights, *float_buffers(parts)], float(process.rank() == 0))
     return dict(START)
 
 
-def resume(out, parts, setting):
+def resume(out, parts, setting, fold=None):
     """Puts everything where last.pt left it; returns the state of the loop."""
-    clear(out)
+    claim(out)
     file = out / "last.pt"
     last = runs.load_checkpoint(file, *parts, "state", "setting")
     runs.same_setting(file, last, {"setting": setting})
+    if last.get("fold") != fold:
+        raise runs.RunError(f"{file}: is of fold {last.get('fold')}, not {fold}; were folders of folds exchanged?")
     try:
         if set(last["state"]) != set(START) or not last["state"]["history"]:
             raise ValueError

@@ -190,6 +190,12 @@ BAD = [
     ("seg", ["--out", "{tiny}/segmentation.csv"], None, "is a file; give a folder"),
     ("seg", ["--out", "{tiny}/segmentation.csv/run"], None, "segmentation.csv/run: Not a directory"),
     ("seg", ["--out", "/proc/run"], None, "/proc/run: "),
+    ("seg", ["--out", "{tiny}"], None, "tiny: holds a segmentation.csv, which is of no run here; give another"),
+    ("seg", ["--data", "{tmp}/loop"], lambda at: (at.tmp / "loop").symlink_to(at.tmp / "loop"), "loop"),
+    ("seg", [], lambda at: [(at.tiny / "segmentation.csv").unlink(), os.mkfifo(at.tiny / "segmentation.csv")],
+     "segmentation.csv: is no plain file"),
+    ("test", ["{seg}"], lambda at: [(at.tmp / "seg/config.json").unlink(), os.mkfifo(at.tmp / "seg/config.json")],
+     "config.json: is no plain file"),
     ("seg", ["--out", "{seg}"], None, "holds a run already"), ("cls", ["--out", "{cls}"], None, "holds a run already"),
     ("test", ["{seg}", "--save-masks", "{tiny}/field0.png"], None, "field0.png: File exists"),
 
@@ -244,6 +250,7 @@ BAD = [
     ("seg", [], in_the_manifest(huge_tiff(), ".tif"), "new.tif: claims to be 60000x60000 pixels"),
     ("seg", [], in_the_manifest(huge_tiff(20000), ".tif"), "new.tif: claims to be 20000x20000"),
     ("seg", [], array("field0.png", np.full((40, 67), np.nan, np.float32)), "new.tif: holds pixels that are NaN"),
+    ("seg", [], lambda at: Image.new("L", (67, 40)).save(at.tiny / "field0.png", "GIF"), "field0.png: cannot be read"),
     ("seg", [], array("field0.png", np.zeros((2, 40, 67), np.uint8)), "new.tif: its 2 pages have no names"),
     ("seg", [], array("labels0.png", np.zeros((2, 40, 67), np.uint8)), "new.tif: holds 2 pages; a mask must be one"),
     ("seg", [], picture("field3.png", (58, 55), "RGB"), "field3.png: has 3 channels, field0.png has 1"),
@@ -261,7 +268,9 @@ BAD = [
     ("resume", ["--out", "{tmp}/nowhere"], None, "has no config.json"),
     ("resume", ["--out", "{seg}", "--arch", "unetpp"], None, "started with unet, not unetpp"),
     ("resume", ["--out", "{seg}", "--app", "none"], None, "--app: "),
-    ("resume", ["--out", "{seg}", "--data", "{tiny}"], None, "argument --data: "),
+    ("resume", ["--out", "{seg}", "--data", "{tiny}"], only("train"), "are not those that"),
+    ("resume", ["--task", "cls", "--out", "{cls}", "--data", "{coloured}"],
+     rows(lambda found: [[found[0][0], "green", found[0][2]], *found[1:]]), "are not those that"),
     ("resume", ["--task", "cls", "--out", "{cls}", "--model", "resnet34"], None, "argument --model: "),
     ("resume", ["--task", "cls", "--out", "{cls}", "--image-size", "64"], None, "was started with 32, not 64"),
     *[(command, place, spoil("seg/config.json", content), f"seg/config.json: {said}")
@@ -294,7 +303,7 @@ def test_bad_input(tiny, coloured, finished, cross_validated, script, tmp_path, 
     at = SimpleNamespace(tmp=tmp_path, tiny=tiny, coloured=coloured)
     if damage:
         damage(at)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if not path.is_symlink() and path.is_file()}
     places = {name: tmp_path / name for name in ("tiny", "coloured", "seg", "cls")}
     arguments = [argument.format(tmp=tmp_path, **places) for argument in arguments]
     if command in ("seg", "cls"):

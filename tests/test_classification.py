@@ -212,7 +212,7 @@ def test_a_run_is_not_mixed_with_other_data(coloured, script, tmp_path):
     rewrite(coloured, lambda rows: [*rows[:-1], [rows[-1][0], "violet", "test"]])
     for more in (["--resume", "--out", tmp_path / "run"], [*arguments, "--fold", 1]):
         status, _, err = script(train, *more)
-        assert status == 2 and "its classes or numbers of images are not those that" in err
+        assert status == 2 and "its images, their splits or labels are not those that" in err
     assert (tmp_path / "run" / "config.json").read_text() == before
     assert script(test, tmp_path / "run", "--split", "train")[0] == 0
 

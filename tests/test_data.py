@@ -578,3 +578,24 @@ def test_images_are_found_by_file_folder_and_pattern(tmp_path):
     assert data.find_images([tmp_path / "b.png", f"{tmp_path}/*.png"]) == [tmp_path / "b.png"]
     with pytest.raises(data.DataError, match="names no image file"):
         data.find_images([tmp_path / "nothing*"])
+
+
+def test_one_bit_and_palettes_do_not_depend_on_compression(tmp_path):
+    mask = np.zeros((40, 56), bool)
+    mask[5:12, 6:20] = True
+    for compression in (None, "packbits", "tiff_deflate", "tiff_lzw", "group4"):
+        for photometric in (0, 1):  # white is 0, black is 0
+            file = tmp_path / f"{compression}-{photometric}.tif"
+            Image.fromarray(mask).save(file, compression=compression, tiffinfo={262: photometric})
+            assert (data.read_mask(file) == mask).all(), file
+    picture = Image.fromarray(np.arange(40 * 56, dtype=np.uint8).reshape(40, 56)).convert("RGB").quantize(64)
+    colours = np.asarray(picture.convert("RGB"))
+    for name, options in (("raw.tif", {}), ("lzw.tif", {"compression": "tiff_lzw"}), ("palette.png", {})):
+        picture.save(tmp_path / name, **options)
+        image, _ = data.read_image(tmp_path / name)
+        assert image.shape == (3, 40, 56) and (image == np.moveaxis(colours, -1, 0)).all(), name
+    picture.convert("PA").save(tmp_path / "alpha.tif")
+    assert data.read_picture(tmp_path / "alpha.tif").shape == (3, 40, 56)
+    Image.new("CMYK", (56, 40)).save(tmp_path / "cmyk.tif")
+    with pytest.raises(data.DataError, match="cmyk.tif: is SEPARATED; save it as grey or RGB"):
+        data.read_image(tmp_path / "cmyk.tif")

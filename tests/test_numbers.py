@@ -92,6 +92,15 @@ def test_constant_images_and_empty_masks_are_said_and_trained(tiny, script, tmp_
     assert all(math.isfinite(value) for value in scores.values() if isinstance(value, float))
 
 
+def test_fields_of_a_few_pixels(tiny, script, tmp_path):
+    """Narrower than any caption of the sheets."""
+    for i in range(4, 9):
+        Image.fromarray(np.arange(50, dtype=np.uint8)[:, None].repeat(i // 4, 1)).save(tiny / f"field{i}.png")
+        Image.fromarray((np.arange(50) > 25)[:, None].repeat(i // 4, 1)).save(tiny / f"labels{i}.png")
+    assert script(train, "--data", tiny, *TRAIN, "--out", tmp_path / "run")[0] == 0
+    assert script(test, tmp_path / "run")[0] == 0
+
+
 def test_constant_pictures_are_said(coloured, script, tmp_path):
     Image.new("RGB", (60, 40), (9, 70, 200)).save(coloured / "picture0.png")
     status, out, err = script(train, "--data", coloured, *CLASSIFY, "--fold", 0, "--out", tmp_path / "run")

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import CLASSIFY, TRAIN
 
+import data
 import process
 import runs
 import test
@@ -194,6 +196,57 @@ def test_a_cross_validation_killed_before_its_settings_were_saved_begins_anew(co
     arguments = ["--data", str(coloured), *CLASSIFY, "--fold", "0", "--out", str(tmp_path / "run")]
     assert ended(train_and_die, arguments, "within", "config.json", 1) == -signal.SIGKILL
     assert script(train, *arguments)[0] == 0 and len(metrics(tmp_path / "run" / "fold0")) == 2
+
+
+def test_going_on_where_the_data_have_moved(tiny, script, tmp_path):
+    run = tmp_path / "run"
+    assert script(train, "--data", tiny, *TRAIN, "--out", run)[0] == 0
+    tiny.rename(tmp_path / "moved")
+    assert script(train, "--resume", "--out", run, "--data", tmp_path / "moved", "--epochs", 2)[0] == 0
+    assert len(metrics(run)) == 2 and runs.read_config(run)["data"] == str(tmp_path / "moved")
+
+
+def test_one_process_at_a_time_trains_into_a_folder(whole, script, tmp_path):
+    """Also with loader processes, which live on for seconds after a kill; the folder is free at once."""
+    folder, run, log = whole[0], tmp_path / "run", tmp_path / "log"
+    arguments = ["--data", str(folder), *TRAIN, *EPOCHS, "--epochs", "500", "--workers", "1", "--out", str(run)]
+    child = FORKS.Process(target=train_on, args=(arguments, str(log)))
+    child.start()
+    deadline = time.monotonic() + 60
+    while "epoch   1" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    status, _, err = script(train, "--resume", "--out", run)
+    child.kill()
+    child.join()
+    assert status == 2 and err == f"error: --out {run}: another process is training into it; wait, or give another\n"
+    done = len(metrics(run))
+    assert script(train, "--resume", "--out", run, "--epochs", done + 1, "--workers", 0)[0] == 0
+
+
+def test_exchanged_folds_are_noticed(cross_validated, script, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(cross_validated[0], run)
+    for old, new in (("fold0", "x"), ("fold1", "fold0"), ("x", "fold1")):
+        (run / old).rename(run / new)
+    status, _, err = script(train, "--resume", "--out", run, "--epochs", 3)
+    assert status == 2 and "fold0/last.pt: is of fold 1, not 0" in err
+
+
+def test_a_termination_that_python_ignores_is_heeded_at_the_next_step(tiny, script, tmp_path, monkeypatch):
+    """An exception of a signal's handler is lost in a fork's hooks; so it is remembered too."""
+    whole = data.Crops.__getitem__
+
+    def item(self, index):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        except KeyboardInterrupt:
+            pass
+        return whole(self, index)
+
+    monkeypatch.setattr(data.Crops, "__getitem__", item)
+    status, _, err = script(train, "--data", tiny, *TRAIN, "--out", tmp_path / "run")
+    assert status == 143 and err.startswith("interrupted; ") and err.count("\n") == 1
 
 
 def test_going_on_keeps_precision_and_device(tiny, script, tmp_path):
