@@ -72,11 +72,15 @@ def command(main, argv=None, errors=(), memory="take smaller images"):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
-        if dist.is_torchelastic_launched():
-            _store, _, _ = next(dist.rendezvous("env://"))
-        main(argv)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            if dist.is_torchelastic_launched():
+                _store, _, _ = next(dist.rendezvous("env://"))
+            main(argv)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        except BaseException:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending; torchrun may ask for that at this very time
+            raise
     except errors as error:
         fail(one_line(error))
     except (MemoryError, OSError, RuntimeError) as error:
@@ -86,7 +90,8 @@ def command(main, argv=None, errors=(), memory="take smaller images"):
             fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
         if "Symlink loop" in str(error):
             fail(one_line(error))
-        if _store is None or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
+        lost = isinstance(error, dist.DistError) or re.search("onnection|Broken pipe|gloo|NCCL", str(error))
+        if _store is None or not (lost or _others_spoke()):
             raise
         fail("another process of this training ended; if it said nothing it was killed, perhaps for memory")
     except KeyboardInterrupt as error:
@@ -114,9 +119,17 @@ def is_out_of_memory(error):
             or isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN))
 
 
+def _others_spoke(own=0):
+    """Whether another process has had its last words; own: 1 to have them oneself."""
+    try:
+        return _store.add("last words", own) > own
+    except RuntimeError:  # torchrun, which keeps the store, is ending too
+        return rank() > 0
+
+
 def _last_words(message, status):
     """Of several processes that end, the first alone speaks: the others end because it did, or for the same reason."""
-    if _store is None or _store.add("last words", 1) == 1:
+    if _store is None or not _others_spoke(own=1):
         print(message, file=sys.stderr, flush=True)
     if _store is not None:
         os._exit(status)  # an orderly exit would wait for the others
