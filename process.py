@@ -46,29 +46,31 @@ def progress(items, what, unit="image", total=None):
 
 
 # -------------------------------------------------------------------------------------------------------------- endings
-_terminated = False
+_asked_to_end = None  # the exception of the signal that came
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, taken as Ctrl-C is."""
 
 
-def heed_termination():
-    """Raises Terminated if SIGTERM came where Python ignores exceptions, as while it forks."""
-    if _terminated:
-        raise Terminated
+def heed_signals():
+    """Raises what SIGTERM or Ctrl-C has raised already, for it may have come where Python ignores exceptions, as while
+    it forks or removes an object."""
+    if _asked_to_end:
+        raise _asked_to_end
 
 
 def command(main, argv=None, errors=(), memory="take smaller images"):
     """Runs a script's main. What the user can mend (OSError, `errors`, too little memory: `memory` says what to lower)
     ends by fail, an interruption with the line that it carries and the status that shells know; without traceback."""
-    def terminate(*_):
-        global _terminated
-        _terminated = True
-        raise Terminated
-    global _store, _terminated
-    _terminated = False
-    before = signal.signal(signal.SIGTERM, terminate)
+    def end(number, _):
+        global _asked_to_end
+        _asked_to_end = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        raise _asked_to_end
+    global _store, _asked_to_end
+    _asked_to_end = None
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)
+              if signal.getsignal(number) != signal.SIG_IGN}  # as nohup and shells' background jobs have it
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
@@ -97,7 +99,8 @@ def command(main, argv=None, errors=(), memory="take smaller images"):
     except KeyboardInterrupt as error:
         _last_words(one_line(error) if str(error) else "interrupted", 143 if isinstance(error, Terminated) else 130)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         while _held:
             _held.pop().close()
 

@@ -581,7 +581,7 @@ def train_epoch(parts, loader, losses_of, compute, epoch, args):
     bar = process.progress(loader, f"epoch {epoch}", "batch")
     with data.naming_files(loader.dataset):
         for step, (images, truth) in enumerate(bar):
-            process.heed_termination()
+            process.heed_signals()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, epoch - 1 + step / len(loader))
             images, truth = compute.batch(images), truth.to(compute.device, non_blocking=True)
