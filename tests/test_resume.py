@@ -80,6 +80,7 @@ def train_and_die(arguments, when, name, number):
 def train_on(arguments, log):
     """Runs train.py with what it prints in a file."""
     torch.set_num_threads(2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     for number in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     runs.command(train.main, arguments, train.LESS_MEMORY)
