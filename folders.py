@@ -12,27 +12,7 @@ from PIL import Image
 import data
 import process
 import synthetic
-from data import (
-    IMAGES,
-    MANIFESTS,
-    PAPER_CLASSES,
-    SPLITS,
-    DataError,
-    Record,
-    channel_names,
-    channels_first,
-    class_names,
-    decode_picture,
-    find_records,
-    leaks,
-    move_rows,
-    read_csv,
-    read_field,
-    read_mask,
-    read_picture,
-    size_of,
-    slide_of,
-)
+from reading import IMAGES, DataError, channel_names, channels_first, decode_picture, read_mask, read_picture
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -92,7 +72,8 @@ def import_dsb2018(source, folder, seed=77):
         for number, path in enumerate(sorted((field / "masks").glob("*.png")), 1):
             mask = read_mask(path)
             if mask.shape != labels.shape:
-                raise DataError(f"{path}: is {size_of(mask)} pixels, its image {size_of(labels)}; they must be equal")
+                raise DataError(f"{path}: is {data.size_of(mask)} pixels, its image {data.size_of(labels)}; they must "
+                                f"be equal")
             labels[mask] = number
         Image.fromarray(image[0]).save(folder / "images" / f"{field.name}.png")
         Image.fromarray(labels).save(folder / "masks" / f"{field.name}.png")
@@ -125,7 +106,7 @@ def import_dedl_csv(csv_file, images, folder, seed=77, test_csv=None):
         stems.setdefault(path.stem, []).append(path)
     records, taken = [], set()
     for file, split in ((csv_file, "train"), (test_csv, "test")):
-        for line, row in read_csv(Path(file), ("file", "label"), "file,label") if file else ():
+        for line, row in data.read_csv(Path(file), ("file", "label"), "file,label") if file else ():
             name = Path((row["file"]).replace("\\", "/")).name
             found = names.get(name) or stems.get(name, [])
             if len(found) != 1:
@@ -134,14 +115,15 @@ def import_dedl_csv(csv_file, images, folder, seed=77, test_csv=None):
             if not re.fullmatch(r"\s*\[\s*(\d+\s*(,\s*\d+\s*)*)?\]\s*", row["label"]):
                 raise DataError(f"{file}, line {line}: label {row['label']!r} is not a list of numbers like [0, 3]")
             numbers = sorted({int(number) for number in re.findall(r"\d+", row["label"])})
-            if numbers and numbers[-1] >= len(PAPER_CLASSES):
+            if numbers and numbers[-1] >= len(data.PAPER_CLASSES):
                 raise DataError(f"{file}, line {line}: label {row['label']} has a number above "
-                                f"{len(PAPER_CLASSES) - 1}; the classes are {', '.join(PAPER_CLASSES)}")
+                                f"{len(data.PAPER_CLASSES) - 1}; the classes are {', '.join(data.PAPER_CLASSES)}")
             if found[0] in taken:
                 raise DataError(f"{file}, line {line}: file {name!r} has a row already; give it one")
             taken.add(found[0])
-            records.append(Record(found[0], split, slide_of(found[0]), labels=tuple(PAPER_CLASSES[n] for n in numbers)))
-    said = [] if test_csv or len(records) < 2 else [move_rows(records, "test", seed)]
+            labels = tuple(data.PAPER_CLASSES[n] for n in numbers)
+            records.append(data.Record(found[0], split, data.slide_of(found[0]), labels=labels))
+    said = [] if test_csv or len(records) < 2 else [data.move_rows(records, "test", seed)]
     if not any(record.patient for record in records):
         said.append("no patient is told by the names (SLIDE_[x,y]...): images of one patient may be in train and test")
     for record in process.progress(records, "importing"):
@@ -170,18 +152,18 @@ def _write_csv(path, columns, rows):
 def check(folder, channels=("DAPI",)):
     """What is in a data folder: (lines that describe it, one line for each thing that is wrong)."""
     folder, lines, problems = Path(folder), [], []
-    for task in [task for task, (file, _) in MANIFESTS.items() if (folder / file).is_file()] or ["seg"]:
+    for task in [task for task, (file, _) in data.MANIFESTS.items() if (folder / file).is_file()] or ["seg"]:
         _check_task(folder, task, channels, lines, problems)
     return lines, list(dict.fromkeys(problems))
 
 
 def _check_task(folder, task, channels, lines, problems):
     """Adds to lines and problems what a data folder holds for one task."""
-    records, said = find_records(folder, problems=problems, task=task, needs_validation=task == "seg")
+    records, said = data.find_records(folder, problems=problems, task=task, needs_validation=task == "seg")
     lines += said
-    problems += leaks(records)
-    classes, kinds = class_names(records), {}                     # kinds: {names of the channels: sizes}
-    for split in SPLITS:
+    problems += data.leaks(records)
+    classes, kinds = data.class_names(records), {}                     # kinds: {names of the channels: sizes}
+    for split in data.SPLITS:
         rows = [record for record in records if record.split == split]
         patients = sorted({record.patient for record in rows if record.patient})
         lines.append(f"{split}: {len(rows)} images" + (f" of {len(patients)} patients" if patients else ""))
@@ -197,12 +179,12 @@ def _check_task(folder, task, channels, lines, problems):
         nuclei = pixels = 0
         for record in process.progress(rows, f"reading {split}"):
             try:
-                field = read_field(record, channels) if task == "seg" else None
+                field = data.read_field(record, channels) if task == "seg" else None
                 image = field.image if field else read_picture(record.image)
             except DataError as error:
                 problems.append(str(error))
                 continue
-            kinds.setdefault(field.channels if field else ("RGB",), set()).add(size_of(image))
+            kinds.setdefault(field.channels if field else ("RGB",), set()).add(data.size_of(image))
             if image.min() == image.max():
                 problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
             if field:

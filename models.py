@@ -6,16 +6,7 @@ scSE: Roy et al. 2018, arXiv 1803.02579 (in blocks.py). Encoders: timm, `feature
 Shapes: N images, C channels, H x W pixels; feature maps are listed from fine (stride 2) to coarse (stride 2**depth).
 """
 import copy
-import difflib
-import logging
-import os
-import socket
-import threading
-import urllib.parse
-import urllib.request
-from pathlib import Path
 
-import huggingface_hub.constants as hub  # comes with timm
 import timm
 import torch
 import torch.nn as nn
@@ -23,13 +14,7 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from blocks import SCSE, conv_of_upsampled, gated_conv
-
-DOWNLOAD_SECONDS = 10  # how long weights="auto" waits for ImageNet weights
-logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of every weight that features_only leaves out
-
-
-class ModelError(ValueError):
-    """What the user asked of a model cannot be built; the message is one line, fit to be shown."""
+from encoders import ModelError, check_name, create_encoder, one_line, with_weights
 
 
 # ----------------------------------------------------------------------------------------------------------- decoders
@@ -161,7 +146,7 @@ def build_segmenter(arch="unet", encoder="resnet18", in_channels=1, classes=2, d
         raise ModelError(f"arch {arch!r} is not known; choose one of {', '.join(DECODERS)}")
     if len(decoder_channels) != depth:
         raise ModelError(f"depth {depth} needs {depth} decoder channels, got {tuple(decoder_channels)}")
-    encoder, used = _create_encoder(encoder, in_channels, depth, weights)
+    encoder, used = create_encoder(encoder, in_channels, depth, weights)
     decoder = DECODERS[arch](encoder.feature_info.channels(), tuple(decoder_channels))
     model = Segmenter(encoder, decoder, decoder_channels[-1], classes, depth)
     for module in model.decoder.modules():
@@ -230,104 +215,6 @@ def _folded(network, channels, size):
     return folded if same else network
 
 
-# ------------------------------------------------------------------------------------------------------------ encoder
-def _create_encoder(name, in_channels, depth, weights):
-    """timm's feature extractor for `name`, cut behind stage `depth`, and which weights it got."""
-    _check_name("encoder", name)
-
-    def create(**pretrained):
-        return timm.create_model(name, features_only=True, in_chans=in_channels, out_indices=tuple(range(depth)),
-                                 **pretrained)
-
-    try:
-        encoder = create()
-        with torch.no_grad():  # what a map's stride is, only the map itself tells: some encoders crop their borders
-            strides = [64 / feature.shape[-1] for feature in encoder.eval()(torch.zeros(1, in_channels, 64, 64))]
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"encoder {name!r} gives no {depth} feature maps ({_one_line(error)})") from error
-    if strides != [2 ** (i + 1) for i in range(depth)]:
-        raise ModelError(f"encoder {name!r} gives maps at strides {', '.join(f'{s:.3g}' for s in strides)}; "
-                         f"it must give 2, 4, 8, ..., as resnets and efficientnets do")
-    encoder, used = _with_weights(encoder.train(), create, name, weights)
-    if hasattr(encoder, "_stage_out_idx"):  # timm's EfficientNetFeatures keeps, and runs, all stages: drop the unused
-        encoder.blocks = encoder.blocks[:max(encoder._stage_out_idx)]
-    return encoder, used
-
-
-def _check_name(what, name):
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("resnet*")[:3]
-        raise ModelError(f"{what} {name!r} is not a timm model; near it: {', '.join(near)}")
-    try:
-        timm.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        tags = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
-        raise ModelError(f"{what} {name!r}: timm has no such weights; it has {tags}") from error
-
-
-def _with_weights(network, create, name, weights):
-    """(network, which weights it has): `network`, random as it is, or one that `create` makes with the weights asked
-    for ("none", "auto", "imagenet" or a file; see build_segmenter)."""
-    if weights == "none":
-        return network, "none"
-    if weights not in ("auto", "imagenet"):
-        return _from_file(create, weights, network.state_dict().keys()), str(weights)
-    pretrained, reason = _pretrained(create, DOWNLOAD_SECONDS if weights == "auto" else None)
-    if pretrained is not None:
-        return pretrained, "imagenet"
-    if weights == "imagenet":
-        raise ModelError(f"ImageNet weights for {name!r} can't be had ({reason}); use --weights none or a file")
-    print(f"WARNING: no ImageNet weights for {name} ({reason}); it starts random", flush=True)
-    return network, "none"
-
-
-def _pretrained(create, seconds):
-    """(network with ImageNet weights, "") or (None, why not). A download that takes longer goes on in the background,
-    for the next run to find in the cache."""
-    result = {}
-
-    def fetch():
-        if not _hub_reachable():
-            hub.HF_HUB_OFFLINE = True  # then the cache answers at once, without retries
-        try:
-            result["network"] = create(pretrained=True)
-        except Exception as error:  # the hub raises its own kinds for no network, no such file, no disk...
-            result["reason"] = "no network, and none in the cache" if hub.HF_HUB_OFFLINE else _one_line(error)
-
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return result.get("network"), result.get("reason", f"not there within {seconds} s")
-
-
-def _hub_reachable():
-    if urllib.request.getproxies():
-        return True  # a proxy does the connecting: only the download itself can tell
-    url = urllib.parse.urlparse(hub.ENDPOINT)
-    try:
-        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=3).close()
-    except OSError:
-        return False
-    return True
-
-
-def _from_file(create, file, names):
-    """The network with the weights in `file`: a timm state dict (.pth, .pt: tensors only; or .safetensors)."""
-    if not Path(file).is_file():
-        raise ModelError(f"--weights {file}: no such file; give auto, imagenet, none or a file of timm weights")
-    try:
-        state = timm.models.load_state_dict(os.fspath(file), weights_only=True)
-        if not any(name in state for name in names):
-            raise ValueError("none of its names is one of the network's")
-        return create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
-    except Exception as error:  # unpickling, safetensors and shape errors have no common kind
-        raise ModelError(f"--weights {file}: not weights for this network ({_one_line(error)})") from error
-
-
-def _one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 # --------------------------------------------------------------------------------------------------------- classifier
 class Classifier(nn.Module):
     """A timm classifier that normalises its input itself: image (N, 3, S, S), float in [0, 1] or uint8 in [0, 255]
@@ -351,7 +238,7 @@ class Classifier(nn.Module):
 
 def interpolation(model):
     """How the pictures of a timm model are resized, from its config: "bicubic", "bilinear", ... Raises ModelError."""
-    _check_name("model", model)
+    check_name("model", model)
     return timm.get_pretrained_cfg(model).interpolation
 
 
@@ -362,7 +249,7 @@ def build_classifier(model, classes, image_size=384, weights="none"):
     head is replaced by a new one. `weights_used` of the result says what was used.
     Raises ModelError with one clear line, also where the model cannot take images of this size.
     """
-    _check_name("model", model)
+    check_name("model", model)
     if classes < 1:
         raise ModelError(f"a classifier needs at least 1 class, got {classes}")
     own_size = timm.get_pretrained_cfg(model).input_size[-1]
@@ -389,9 +276,9 @@ def build_classifier(model, classes, image_size=384, weights="none"):
         if image_size % patch:
             raise ValueError(f"they are no multiple of its patches of {patch}: the rest would be left out")
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"model {model!r} cannot classify images of {image_size} x {image_size} ({_one_line(error)}); "
+        raise ModelError(f"model {model!r} cannot classify images of {image_size} x {image_size} ({one_line(error)}); "
                          f"its own size is {own_size}") from error
-    network, used = _with_weights(network.train(), create, model, weights)
+    network, used = with_weights(network.train(), create, model, weights)
     classifier = Classifier(network, image_size)
     classifier.weights_used = used
     return classifier

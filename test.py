@@ -23,6 +23,7 @@ import dedl
 import models
 import pictures
 import process
+import reading
 import runs
 
 
@@ -88,7 +89,7 @@ def test_segmentation(run, config, compute, args):
     model = runs.load_best(run, models.build_segmenter, compute, config)
     folder, records = find_split(config, args)
     files = mask_files(records, args.save_masks) if args.save_masks else []
-    fields = data.read_fields(records, data.channel_names(config["channel"]), f"{args.split} images")
+    fields = data.read_fields(records, reading.channel_names(config["channel"]), f"{args.split} images")
     channels = config["setting"]["in_channels"]
     if len(fields[0].image) != channels:
         raise runs.RunError(f"{records[0].image}: has {len(fields[0].image)} channels; {run} was trained on {channels}")

@@ -9,6 +9,7 @@ from PIL import Image
 
 import data
 import folders
+import reading
 import synthetic
 
 REAL = SHARED / "inform" / "FIHC4__0929309_HP_IM3_2_component_data.tif"
@@ -311,8 +312,8 @@ def test_the_synthetic_set(tmp_path, monkeypatch):
     first = sorted((tmp_path / "a").glob("*_component_data.tif"))[0]
     with tifffile.TiffFile(first) as tiff:
         assert len(tiff.pages) == 9 and tiff.pages[-1].shape == (64, 80, 3)
-        assert [name for _, name in data._stain_pages(first, tiff)] == list(synthetic.STAINS)
-        assert data._stain_pages(first, tiff)[0][1] != "DAPI"
+        assert [name for _, name in reading._stain_pages(first, tiff)] == list(synthetic.STAINS)
+        assert reading._stain_pages(first, tiff)[0][1] != "DAPI"
     image, mask = data.read_image(first)[0][0], data.read_mask(f"{first}Mask.tif")
     assert 0.1 < mask.mean() < 0.5 and image[mask].mean() > 3 * image[~mask].mean()
     pictures, _ = data.find_records(tmp_path / "a", task="cls")

@@ -9,6 +9,7 @@ from conftest import ROOT
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import encoders
 import models
 
 PAPER_ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101"] + [f"efficientnet_b{i}" for i in range(8)]
@@ -188,7 +189,7 @@ def test_files_that_are_not_weights_are_refused(tmp_path, capfd):
 
 
 def test_without_network_auto_warns_and_imagenet_fails(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(models, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(encoders, "_hub_reachable", lambda: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # set by the code; put back after the test
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -278,7 +279,7 @@ def test_classifiers_that_cannot_be_built(wrong, said):
 
 
 def test_classifiers_without_network(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(models, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(encoders, "_hub_reachable", lambda: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
