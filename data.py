@@ -2,7 +2,7 @@
 
     python data.py synthetic OUT                write the built-in synthetic set
     python data.py dsb2018 STAGE1_TRAIN OUT     import the Data Science Bowl 2018 download (its fluorescence fields)
-    python data.py dedl-csv CSV [IMAGES] OUT    import the paper's csv (file,label) with the pictures it names
+    python data.py dedl-csv CSV [reading.IMAGES] OUT    import the paper's csv (file,label) with the pictures it names
     python data.py check DIR                    say what is found in a data folder, and what is wrong with it
 
 A data folder holds segmentation.csv (image,mask,split[,patient]), classification.csv (image,labels,split[,patient]) or
@@ -28,12 +28,14 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 
 import process
-from reading import IMAGES, DataError, normalise, read_image, read_mask, read_picture
+import reading
+from reading import DataError, channel_names, normalise, read_image, read_mask, read_picture
 
 SPLITS = ("train", "validation", "test")
 MANIFESTS = {"seg": ("segmentation.csv", "mask"), "cls": ("classification.csv", "labels")}  # file, column of the truth
 PAPER_CLASSES = ("b", "tfh", "tfh217", "tfhl", "other")  # in the order of the numbers in the paper's csv
 PICTURE_MEMORY = 4 << 30      # bytes; pictures to classify are kept in memory up to here
+PART_PIXELS = 1 << 25         # of fields to be predicted, read at a time; a larger one alone
 ROTATION = 10                 # degrees: the paper's small rotation
 VALIDATION_SHARE = 0.2        # of the training images, where a data folder names no validation rows
 PUBLISHED_PATIENTS = {        # the paper's split of its private set
@@ -249,21 +251,35 @@ def move_rows(records, split, seed):
 # --------------------------------------------------------------------------------------------------------------- fields
 @dataclass
 class Field:
-    """One image with its mask, read and normalised: image (C, H, W) float32 in [0, 1], mask (H, W) bool."""
+    """One image with its mask: image (C, H, W) float32 in [0, 1]; or, with `limits`, as its file has it, normalised by
+    them where it is looked at: a quarter of the memory. mask (H, W) bool, None of new images."""
     record: Record
-    image: torch.Tensor
-    mask: torch.Tensor
+    image: torch.Tensor | np.ndarray
+    mask: torch.Tensor | None
     channels: tuple
+    limits: tuple | None = None
+
+    @property
+    def shape(self):
+        return tuple(self.image.shape[1:])                                                                # (H, W)
+
+    def window(self, rows=slice(None), columns=slice(None)):
+        """A part of the image, float32 (C, h, w) in [0, 1]."""
+        part = self.image[:, rows, columns]
+        return part if self.limits is None else torch.from_numpy(normalise(part, self.limits))
 
 
-def read_field(record, channels=("DAPI",)):
-    """Reads a record's image and mask. Raises DataError, also when their sizes differ."""
-    image, names = read_image(record.image, channels)
-    mask = read_mask(record.mask)
-    if image.shape[1:] != mask.shape:
+def read_field(record, channels=("DAPI",), raw=False):
+    """Reads a record's image and, where it has one, mask. raw: the image is normalised by Field.window, part by part.
+    Raises DataError, also when their sizes differ."""
+    image, names = read_image(record.image, channels, None if raw else np.float32)
+    mask = torch.from_numpy(read_mask(record.mask)) if record.mask else None
+    if mask is not None and image.shape[1:] != mask.shape:
         raise DataError(f"{record.mask}: the mask is {size_of(mask)} pixels, its image {record.image.name} "
                         f"{size_of(image)}; they must be equal")
-    return Field(record, torch.from_numpy(normalise(image)), torch.from_numpy(mask), names)
+    if raw:
+        return Field(record, image, mask, names, reading.find_limits(image))
+    return Field(record, torch.from_numpy(normalise(image)), mask, names)
 
 
 def read_fields(records, channels=("DAPI",), what="images"):
@@ -271,11 +287,46 @@ def read_fields(records, channels=("DAPI",), what="images"):
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
         read = pool.map(lambda record: read_field(record, channels), records)
         fields = list(process.progress(read, f"reading {what}", total=len(records)))
+    first = fields[0]
     for field in fields:
-        if len(field.image) != len(fields[0].image):
-            raise DataError(f"{field.record.image}: has {len(field.image)} channels, {fields[0].record.image.name} has "
-                            f"{len(fields[0].image)}; all images of a data folder must have as many")
+        if len(field.image) != len(first.image):
+            raise DataError(f"{field.record.image}: has {len(field.image)} channels, {first.record.image.name} has "
+                            f"{len(first.image)}; all images of a data folder must have as many")
+        if field.channels != first.channels and any(name.isdecimal() for name in channels):
+            raise DataError(f"{field.record.image}: the pages {', '.join(channels)} (--channel) are "
+                            f"{', '.join(field.channels)}, in {first.record.image.name} {', '.join(first.channels)}; "
+                            f"give names")
     return fields
+
+
+def read_in_parts(records, channels=("DAPI",)):
+    """Reads fields raw, some at a time, as many as have PART_PIXELS together or one that is larger: yields lists of
+    (record, Field, or else the DataError of reading it), in the records' order."""
+    def read(record):
+        try:
+            return record, read_field(record, channels, raw=True)
+        except DataError as error:
+            return record, error
+
+    parts, pixels = [[]], 0
+    for record in records:
+        size = reading.pixels_of(record.image)
+        if parts[-1] and pixels + size > PART_PIXELS:
+            parts, pixels = [*parts, []], 0
+        parts[-1].append(record)
+        pixels += size
+    with ThreadPoolExecutor() as pool:
+        for part in parts:
+            yield list(pool.map(read, part))
+
+
+def stains(channel, found):
+    """The names to look for in further images, of a run with this --channel that `found` those: where a page was asked
+    for by its place, the name that it had."""
+    asked = channel_names(channel)
+    if len(found) != len(asked):  # of coloured pictures
+        return asked
+    return tuple(name if number.isdecimal() else number for number, name in zip(asked, found))
 
 
 def size_of(array):
@@ -394,11 +445,11 @@ def find_images(paths):
     found = []
     for path in paths:
         if Path(path).is_dir():
-            files = [file for file in sorted(Path(path).iterdir()) if file.suffix.lower() in IMAGES]
+            files = [file for file in sorted(Path(path).iterdir()) if file.suffix.lower() in reading.IMAGES]
         else:
-            files = [Path(path)] if Path(path).exists() else sorted(map(Path, glob.glob(str(path))))
+            files = [Path(path)] if Path(path).exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not files:
-            raise DataError(f"--images {path}: names no image file ({', '.join(IMAGES)})")
+            raise DataError(f"--images {path}: names no image file ({', '.join(reading.IMAGES)})")
         found += files
     return list(dict.fromkeys(found))
 

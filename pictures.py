@@ -15,28 +15,27 @@ def save_samples(fields, masks, file, most=4, side=256):
     rows, found = [], [i for i, mask in enumerate(masks) if mask is not None]
     for place in np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int):
         i = found[place]
-        window = middle(fields[i].mask.shape, side)
-        image = as_picture(fields[i].image)[window]
+        window = middle(fields[i].shape, side)
+        image = as_picture(fields[i].window(*window))
         truth, predicted = (np.repeat(mask.numpy()[window][..., None] * np.uint8(255), 3, 2)
                             for mask in (fields[i].mask, masks[i]))
         rows.append([(fields[i].record.image.stem, image), ("truth", truth), ("prediction", predicted)])
     save_grid(rows, file)
 
 
-def save_sheet(fields, masks, ious, file, side=320):
-    """The best, the median and the worst image: as it is, and with the contours of truth and prediction."""
-    order = np.argsort(ious)[::-1]
+def save_sheet(shown, file, side=320):
+    """Fields, as (caption, Field, predicted mask): as they are, and with the contours of truth and prediction."""
     rows = []
-    for title, i in zip(("best", "median", "worst"), (order[0], order[len(order) // 2], order[-1])):
-        height, width = fields[i].mask.shape
+    for caption, field, predicted in shown:
+        height, width = field.shape
         window = middle((height, width), side)
         part = f", middle {side} x {side}" if max(height, width) > side else ""
-        image = as_picture(fields[i].image)[window].repeat(2, 0).repeat(2, 1)  # doubled: contours stay thin
-        truth, predicted = (border(mask.numpy()[window].repeat(2, 0).repeat(2, 1))
-                            for mask in (fields[i].mask, masks[i]))
+        image = as_picture(field.window(*window)).repeat(2, 0).repeat(2, 1)  # doubled: contours stay thin
+        truth, predicted = (border(np.asarray(mask[window]).repeat(2, 0).repeat(2, 1))
+                            for mask in (field.mask, predicted))
         lines = image.copy()
         lines[truth], lines[predicted], lines[truth & predicted] = TRUTH, PREDICTED, BOTH
-        rows.append([(f"{title}: IoU {ious[i]:.3f}  {fields[i].record.image.stem} ({height} x {width}{part})", image),
+        rows.append([(f"{caption}  {field.record.image.stem} ({height} x {width}{part})", image),
                      ("contours: blue truth, orange prediction, white both", lines)])
     save_grid(rows, file)
 

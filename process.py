@@ -41,8 +41,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def progress(items, what, unit="image", total=None):
-    """`items` with a bar on stderr while they are gone through, if that is a terminal and this the first process."""
-    return tqdm(items, what, total, unit=unit, leave=False, disable=True if rank() or sys.stderr is None else None)
+    """`items` with a bar on stderr while they are gone through, if that is a terminal and this the first process;
+    without items a bar whose `update` tells how many more of `total` are done."""
+    return tqdm(items, what, total, unit=unit, unit_scale=unit == "px", leave=False,
+                disable=True if rank() or sys.stderr is None else None)
 
 
 # -------------------------------------------------------------------------------------------------------------- endings

@@ -22,14 +22,16 @@ IMAGES = (*TIFF, ".png", ".jpg", ".jpeg")
 MAX_PIXELS = 1 << 30          # of an image; more are refused, and more than MAX_RATIO a byte of its file:
 MAX_RATIO = 300_000           # a white fax of 32,000 pixels a row has nearly so many, all else far fewer
 PERCENTILES = (1, 99.8)       # brought to 0 and 1, as StarDist does
+LARGE = 1 << 26               # pixels; larger images are read and normalised with no copy of their size
 
 
 class DataError(ValueError):
     """Something about the user's data is wrong; the message is one line that names the file and what would be right."""
 
 
-def read_image(path, channels=("DAPI",)):
-    """Raw image (C, H, W) float32 of a TIFF, PNG or JPEG file, and the names of its channels.
+def read_image(path, channels=("DAPI",), dtype=np.float32):
+    """Raw image (C, H, W) of a TIFF, PNG or JPEG file, float32 or, with dtype None, as it is there; and its channels'
+    names.
 
     Of a TIFF with several pages those named in `channels` are taken, in that order; a number names a page by its place,
     from 0. Single pages and pictures are taken whole, 1 channel if grey, 3 if coloured (alpha is dropped).
@@ -42,14 +44,17 @@ def read_image(path, channels=("DAPI",)):
             if len(pages) == 1 and not pages[0][1]:
                 chosen = [("page 0", pages[0][0])]
             else:
-                chosen = [(name, _find_page(path, pages, name)) for name in channels]
+                chosen = [_find_page(path, pages, name) for name in channels]
             arrays = [_page_array(path, page) for _, page in chosen]
         names = tuple(name for name, _ in chosen)
     else:
         arrays, names = [decode_picture(path)], ("grey",)
-    with np.errstate(over="ignore"):  # of what float32 cannot hold infinity remains
-        image = np.concatenate([channels_first(array) for array in arrays]).astype(np.float32)
-    if len(arrays) == 1 and len(image) == 3:
+    arrays = [channels_first(array) for array in arrays]
+    image = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+    if dtype or image.dtype.itemsize > 4:
+        with np.errstate(over="ignore"):  # of what float32 cannot hold infinity remains
+            image = image.astype(np.float32, copy=False)
+    if len(names) == 1 and len(image) == 3:
         names = ("red", "green", "blue")
     _refuse_not_finite(path, image)
     return image, names                                                                                   # (C, H, W)
@@ -108,17 +113,68 @@ def read_picture(path):
     return np.ascontiguousarray(np.broadcast_to(picture, (3, *picture.shape[1:])))                        # (3, H, W)
 
 
-def normalise(image):
-    """Brings each channel of an image (C, H, W) to [0, 1]: its percentiles 1 and 99.8 become 0 and 1.
+def pixels_of(path):
+    """The number of pixels that the header of an image file tells; 0 where it cannot be read."""
+    try:
+        if not path.is_file():
+            return 0
+        if path.suffix.lower() in TIFF:
+            with tifffile.TiffFile(path) as tiff:
+                return tiff.pages[0].imagelength * tiff.pages[0].imagewidth
+        with Image.open(path) as picture:
+            return picture.height * picture.width
+    except Exception:  # whoever reads the pixels says what is wrong
+        return 0
 
-    The 99.8th percentile of a channel that is dark nearly everywhere can equal the 1st: then its largest value is used.
-    A constant channel becomes 0.
-    """
-    low, high = np.percentile(image, PERCENTILES, axis=(1, 2), keepdims=True).astype(np.float32)          # (C, 1, 1)
-    high = np.where(high > low, high, image.max((1, 2), keepdims=True))
+
+def normalise(image, limits=None):
+    """Brings each channel of an image (C, H, W), or of a part of it, to [0, 1], float32: `limits`, those of the whole
+    image by find_limits, become 0 and 1."""
+    image = image.astype(np.float32, copy=False)
+    low, high = find_limits(image) if limits is None else limits
     if max(abs(low).max(), abs(high).max()) > 1e37:  # else high - low could be more than float32 holds
-        return normalise(image * np.float32(1e-9))
+        image, low, high = (values * np.float32(1e-9) for values in (image, low, high))
     return ((image - low) / np.where(high > low, high - low, 1)).clip(0, 1)
+
+
+def find_limits(image):
+    """The percentiles 1 and 99.8 of each channel of an image (C, H, W): two arrays (C, 1, 1) float32.
+
+    The 99.8th of a channel that is dark nearly everywhere can equal the 1st: then it is the largest value. Both are the
+    same where a channel is constant.
+    """
+    find = np.percentile if image[0].size <= LARGE else _percentiles_of_large
+    low, high = np.array([find(channel.astype(np.float32, copy=False), PERCENTILES) for channel in image],
+                         np.float32).T[..., None, None]                                                   # (C, 1, 1)
+    return low, np.where(high > low, high, image.max((1, 2), keepdims=True).astype(np.float32))
+
+
+def _percentiles_of_large(channel, percentiles):
+    """np.percentile, which would sort a copy, in a few passes over the rows: of float32 numbers, ordered as integers,
+    first the upper then the lower 16 bits are counted. Exact, and no further memory is needed."""
+    def keys(rows):
+        bits = np.ascontiguousarray(rows, np.float32).view(np.uint32)
+        return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).ravel()  # negative ones: all bits turned
+
+    def count(of_key):
+        return sum(np.bincount(of_key(keys(channel[y:y + 256])), minlength=1 << 16)
+                   for y in range(0, len(channel), 256))
+
+    def value(rank):
+        upper = int(np.searchsorted(upper_counts, rank, "right"))
+        if upper not in lower_counts:
+            lower_counts[upper] = count(lambda key: key[key >> 16 == upper] & 0xFFFF).cumsum()
+        before = upper_counts[upper - 1] if upper else 0
+        key = np.uint32(upper << 16 | int(np.searchsorted(lower_counts[upper], rank - before, "right")))
+        return float((key & np.uint32(0x7FFFFFFF) if key >> 31 else ~key).view(np.float32))
+
+    upper_counts, lower_counts = count(lambda key: key >> 16).cumsum(), {}
+    found = []
+    for percentile in percentiles:
+        rank = percentile / 100 * (channel.size - 1)
+        low, high = value(int(rank)), value(min(int(rank) + 1, channel.size - 1))
+        found.append(low + (high - low) * (rank - int(rank)))
+    return found
 
 
 def channel_names(text):
@@ -172,15 +228,33 @@ def _stain_pages(path, tiff):
     if not described:
         raise DataError(f"{path}: holds no page at full resolution")
     size = described[0][0].shape[:2]
-    return [(page, xml.get("Name")) for page, xml in described if page.shape[:2] == size]
+    pages = [(page, xml.get("Name")) for page, xml in described if page.shape[:2] == size]
+    names = _ome_names(tiff)
+    return [(page, name) for (page, _), name in zip(pages, names)] if len(names) == len(pages) else pages
+
+
+def _ome_names(tiff):
+    """The names of the channels in the metadata of an OME-TIFF; [] where it has others."""
+    text = (tiff.ome_metadata or "") if tiff.is_ome else ""
+    try:
+        return [found.get("Name") for found in ET.fromstring("" if "<!" in text else text).iterfind(".//{*}Channel")]
+    except ET.ParseError:
+        return []
 
 
 def _find_page(path, pages, name):
+    """(stain's name, page): the page with this name, in capitals or not, or else at this place."""
     names = [found for _, found in pages]
-    if name in names:
-        return pages[names.index(name)][0]
-    if name.isdecimal() and int(name) < len(pages):
-        return pages[int(name)][0]
+    alike = [i for i, found in enumerate(names) if found == name] or \
+            [i for i, found in enumerate(names) if (found or "").lower() == name.lower()]
+    if not alike and name.isdecimal() and int(name) < len(pages):
+        alike = [int(name)]
+    if len(alike) == 1:
+        page, found = pages[alike[0]]
+        return found or name, page
+    if len(alike) > 1:
+        raise DataError(f"{path}: {len(alike)} of its pages are named {name!r} (--channel); give their numbers, "
+                        f"{', '.join(map(str, alike))}")
     if any(names):
         raise DataError(f"{path}: no page named {name!r} (--channel); it has {', '.join(filter(None, names))}")
     raise DataError(f"{path}: its {len(pages)} pages have no names, so {name!r} (--channel) is not found; "
@@ -221,7 +295,7 @@ def _page_by_pillow(path, page):
     try:
         with Image.open(path) as picture:
             picture.seek(page.index)
-            return np.asarray(picture)
+            return _pixels(picture)
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: its compression {page.compression.name} needs one more package: "
                         f"pip install imagecodecs") from error
@@ -234,9 +308,23 @@ def decode_picture(path, palette_index=False):
             picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
         elif picture.mode in ("CMYK", "YCbCr", "HSV", "LAB"):
             picture = picture.convert("RGB")
-        array = np.asarray(picture)
+        array = _pixels(picture)
     has_alpha = array.ndim == 3 and array.shape[-1] in (2, 4)
     return array[..., :-1] if has_alpha else array                                              # (H, W) or (H, W, C)
+
+
+def _pixels(picture):
+    """np.asarray(picture); of a large one in strips, for Pillow would hold two more copies meanwhile."""
+    if picture.height * picture.width <= LARGE:
+        return np.asarray(picture)
+    strips = (np.asarray(picture.crop((0, y, picture.width, min(y + 256, picture.height))))
+              for y in range(0, picture.height, 256))
+    first = next(strips)
+    array = np.empty((picture.height, *first.shape[1:]), first.dtype)
+    array[:len(first)] = first
+    for number, strip in enumerate(strips, 1):
+        array[256 * number:256 * number + len(strip)] = strip
+    return array
 
 
 def channels_first(array):

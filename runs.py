@@ -1,28 +1,19 @@
-"""What train.py and test.py share about a run: its device and precision, its folder and checkpoints, the prediction of
-whole fields by tiles and of pictures' labels."""
-import csv
+"""What train.py and test.py share about a run: its device and precision, its folder and checkpoints."""
 import ctypes
 import json
-import math
 import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import data
-import dedl
 import folders
 import models
 import process
 
 RUNS = Path("runs")
-# Fields are predicted by larger tiles than they are trained by, most of them whole: at a tile's border the network sees
-# less. Three networks trained by 256 on DSB2018 all did better so, on validation, than predicted by 256 too.
-PREDICTION_TILE = 1024
-PREDICTION_BATCH = 1 << 19  # pixels: small fields of one size are predicted together, 8 of 256 x 256
 SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic-v2"  # the number rises when data.py makes other pictures
 
 
@@ -244,131 +235,3 @@ def fold_folders(run):
     if not folders:
         raise RunError(f"{run}: holds no fold with a best.pt; is it the folder of a classification run?")
     return dict(sorted(folders.items()))
-
-
-# ----------------------------------------------------------------------------------------------------------- prediction
-def tile_starts(size, tile):
-    """Where tiles begin along an axis: as few as cover it, the last moved back inside; one if the field is smaller."""
-    count = math.ceil(size / tile)
-    return [round(i * (size - tile) / (count - 1)) for i in range(count)] if count > 1 else [0]
-
-
-def predict(model, images, compute, tile=PREDICTION_TILE):
-    """Logits (N, classes, H, W), float32, of whole images (N, C, H, W), by tiles of at most tile x tile pixels.
-
-    Where tiles overlap their logits are averaged, so each pixel of the field is predicted once and none is invented.
-    """
-    height, width = images.shape[2:]
-    total = count = 0
-    for y in tile_starts(height, tile):
-        for x in tile_starts(width, tile):
-            with compute.autocast():
-                part = model(compute.batch(images[:, :, y:y + tile, x:x + tile])).float()     # (N, classes, h, w)
-            if part.shape[2:] == (height, width):
-                return part
-            if (y, x) == (0, 0):
-                total = part.new_zeros(*part.shape[:2], height, width)
-                count = part.new_zeros(height, width)
-            total[:, :, y:y + tile, x:x + tile] += part
-            count[y:y + tile, x:x + tile] += 1
-    return total / count
-
-
-def predict_eight_ways(model, images, compute):
-    """Like predict, but the mean logits over the fields' four turns, each as it is and mirrored (test-time
-    augmentation): eight times the work."""
-    total = 0
-    for turns in range(4):
-        for flip in (False, True):
-            turned = images.rot90(turns, (2, 3))
-            logits = predict(model, turned.flip(3) if flip else turned, compute)
-            total = total + (logits.flip(3) if flip else logits).rot90(-turns, (2, 3))
-    return total / 8
-
-
-@torch.inference_mode()
-def evaluate(model, fields, compute, class_weights=None, progress=iter, predict=predict):
-    """Predicts all fields: pixel counts (fields, 4), the mean cross-entropy, and the predicted masks (H, W) bool.
-
-    Of several processes each predicts a part of the fields. Counts and loss are of all fields in each of them, the
-    masks of the others' fields are None.
-    """
-    model = models.for_inference(model)
-    counts, masks = torch.zeros(len(fields), 4, dtype=torch.int64), [None] * len(fields)
-    loss = weight = 0.0
-    for indices in progress(_batches_of_one_size(fields)[process.rank()::process.world()]):
-        logits = predict(model, torch.stack([fields[i].image for i in indices]), compute)     # (N, classes, H, W)
-        truth = torch.stack([fields[i].mask for i in indices]).to(logits.device)              # (N, H, W)
-        # not reduction="sum": a GPU adds in the order in which its threads come
-        loss += F.cross_entropy(logits, truth.long(), class_weights, reduction="none").sum().item()
-        weight += truth.numel() if class_weights is None else class_weights[truth.long()].sum().item()
-        for i, predicted, mask in zip(indices, logits.argmax(1).bool(), truth):
-            counts[i], masks[i] = dedl.confusion(predicted, mask).cpu(), predicted.cpu()
-    loss, weight = process.total(torch.tensor([loss, weight], dtype=torch.float64)).tolist()
-    return process.total(counts), loss / weight, masks
-
-
-def _batches_of_one_size(fields):
-    """Lists of the fields' indices: fields of equal size, of PREDICTION_BATCH pixels together or one that is larger."""
-    sizes = {}
-    for i, field in enumerate(fields):
-        sizes.setdefault(field.mask.shape, []).append(i)
-    batches = []
-    for (height, width), indices in sizes.items():
-        count = max(1, PREDICTION_BATCH // (height * width))
-        batches += [indices[i:i + count] for i in range(0, len(indices), count)]
-    return batches
-
-
-# ------------------------------------------------------------------------------------------- labels of pictures
-@torch.inference_mode()
-def classify(model, pictures, compute, indices=None, flips=False, batch=32, progress=iter):
-    """Logits (pictures, classes), float32 on the CPU, of pictures uint8 (3, S, S) by index. flips: the mean over the
-    picture as it is and mirrored along each side and both (test-time augmentation): four times the work. Of several
-    processes each computes a part, and all get the whole."""
-    model.eval()
-    indices = range(len(pictures)) if indices is None else indices
-    own, found = indices[process.rank()::process.world()], []
-    for start in progress(range(0, len(own), batch)):
-        images = compute.batch(torch.stack([pictures[i] for i in own[start:start + batch]]))         # (N, 3, S, S)
-        with compute.autocast():
-            # forward, not the call: torch.compile would compile anew for each size of batch
-            ways = [model.forward(images.flip(axes) if axes else images).float()
-                    for axes in ([(), (2,), (3,), (2, 3)] if flips else [()])]
-        found.append(torch.stack(ways).mean(0).cpu())
-    parts = process.gather(torch.cat(found) if found else None)
-    logits = parts[0].new_empty(len(indices), parts[0].shape[1])
-    for number, part in enumerate(parts):
-        if part is not None:
-            logits[number::process.world()] = part
-    return logits                                                                                       # (N, classes)
-
-
-def save_probabilities(file, records, classes, probabilities, with_labels=False):
-    """A CSV of image, with_labels the true labels joined by ';', and a column of probabilities a class."""
-    with process.replacing(file, "w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["image", *(["labels"] if with_labels else []), *classes])
-        for record, row in zip(records, probabilities.tolist()):
-            writer.writerow([record.name, *([";".join(record.labels)] if with_labels else []),
-                             *(f"{p:.6f}" for p in row)])
-
-
-def load_probabilities(file, classes):
-    """What save_probabilities wrote with labels: images, probabilities (N, classes), truth (N, classes) bool. Raises
-    RunError."""
-    data.refuse_special(file)
-    try:
-        with open(file, newline="", encoding="utf-8", errors="surrogateescape") as handle:
-            header, *rows = csv.reader(handle)
-        if header != ["image", "labels", *classes]:
-            raise ValueError
-        if not rows or any(len(row) != len(header) for row in rows):
-            raise ValueError
-        probabilities = torch.tensor([[float(p) for p in row[2:]] for row in rows])
-        if not ((probabilities >= 0) & (probabilities <= 1)).all():
-            raise ValueError
-    except (ValueError, csv.Error) as error:
-        raise RunError(f"{file}: is not what train.py writes for the classes {', '.join(classes)}") from error
-    truth = torch.tensor([[name in row[1].split(";") for name in classes] for row in rows])
-    return [row[0] for row in rows], probabilities, truth

@@ -1,27 +1,31 @@
 """Measures trained runs on images they have not seen, or predicts new ones.
 
     python test.py                             the newest run, on the test split of its data folder
-    python test.py RUN [RUN ...]               these runs
+    python test.py runs/*                      these runs, and a table that compares them
     python test.py RUN --tta                   the mean prediction over flips (and, to segment, turns)
     python test.py RUN --save-masks DIR        segmentation: the predicted masks too, one PNG an image
-    python test.py RUN --images PATH ...       classification: pictures without truth, into RUN/predictions.csv
+    python test.py RUN --images "new/*.tif"    images without truth: RUN/predictions.csv, to segment with masks
 
 Each run's folder gets test.json (the printed numbers) and test.png: of a segmentation the best, median and worst image
-with contours, of a classification images with their true labels and those found. Whole images are measured: predicted
-by tiles, put together, every pixel counted once. A cross-validation is measured fold by fold and as the ensemble of its
-folds, their mean probability.
+with contours, of a classification images with their true labels and those found. Whole images are measured, of any
+size: predicted by tiles that overlap, put together, every pixel counted once. A cross-validation is measured fold by
+fold and as the ensemble of its folds, their mean probability.
 """
+import csv
 import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
+import comparison
 import data
 import dedl
 import models
 import pictures
+import prediction
 import process
 import reading
 import runs
@@ -33,23 +37,38 @@ def main(argv=None):
         if (Path(path) / "config.json").is_file():
             raise runs.RunError(f"--images {path}: is the folder of a run; name runs before --images")
     folders = args.runs or [runs.newest_run("best.pt")]
-    if args.save_masks and len(folders) > 1:
-        raise runs.RunError("--save-masks: takes one run, else their masks would overwrite each other")
-    if args.images and (args.data or args.save_masks or len(folders) > 1):
+    for flag, folder in (("--save-masks", args.save_masks), ("--save-probabilities", args.save_probabilities)):
+        if folder and len(folders) > 1:
+            raise runs.RunError(f"{flag}: takes one run, else their files would overwrite each other")
+    if args.images and (args.data or len(folders) > 1):
         raise runs.RunError("--images: takes pictures in place of a data folder, and one run; leave the others out")
     compute = runs.choose_compute(args.device, args.amp)
+    measured, failed = [], []
     for run in folders:
-        config = runs.read_config(run)
-        if config["task"] == "seg" and args.images:
-            raise runs.RunError(f"--images: {run} is a segmentation; only classifications can do that so far")
-        if config["task"] == "cls" and args.save_masks:
-            raise runs.RunError(f"--save-masks: {run} is a classification; it has no masks")
-        if args.images:
-            predict_labels(run, config, compute, args)
-        elif config["task"] == "seg":
-            test_segmentation(run, config, compute, args)
-        else:
-            test_classification(run, config, compute, args)
+        try:
+            config = runs.read_config(run)
+            measured.append((run, config, test(run, config, compute, args, brief=len(folders) > 1)))
+        except (data.DataError, models.ModelError, runs.RunError) as error:
+            if len(folders) == 1:
+                raise
+            print(f"{run}: left out: {error}", flush=True)
+            failed.append(str(error))
+    if len(folders) > 1:
+        comparison.show(measured)
+    if failed:
+        raise runs.RunError(f"{len(failed)} of {len(folders)} runs cannot be measured; {failed[0]}")
+
+
+def test(run, config, compute, args, brief):
+    """Measures a run, or predicts new images by it. Returns its scores; prints them, in one line if `brief`."""
+    for flag in ("save_masks", "save_probabilities", "channel"):
+        if config["task"] == "cls" and getattr(args, flag):
+            raise runs.RunError(f"--{flag.replace('_', '-')}: {run} is a classification; it has no masks")
+    if args.images:
+        return (predict_labels if config["task"] == "cls" else predict_masks)(run, config, compute, args)
+    if config["task"] == "cls":
+        return test_classification(run, config, compute, args, brief)
+    return test_segmentation(run, config, compute, args, brief)
 
 
 def parse_args(argv):
@@ -58,8 +77,13 @@ def parse_args(argv):
     add("runs", nargs="*", type=Path, metavar="RUN", help="folders of trained runs [the newest in runs/]")
     add("--data", type=Path, help="data folder [the run's own]")
     add("--split", choices=data.SPLITS, default="test", help="[test]")
-    add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255")
-    add("--images", nargs="+", metavar="PATH", help="predict these pictures, or those in these folders")
+    add("--images", nargs="+", metavar="PATH", help="predict these images without truth: files, folders, "
+        "or patterns like \"new/*.tif\"")
+    add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255 [with "
+        "--images: RUN/predictions]")
+    add("--save-probabilities", type=Path, metavar="DIR", help="write the nucleus probability there, <image stem>.png, "
+        "16 bits: 0 to 65535")
+    add("--channel", help="pages of multi-page TIFFs, where they are named otherwise than in training [the run's]")
     add("--tta", action="store_true", help="average over flips and turns of each image: eight times slower to segment, "
         "four times to classify (flips alone)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
@@ -83,46 +107,152 @@ def title(run, folder, args):
 
 
 # --------------------------------------------------------------------------------------------------------- segmentation
-def test_segmentation(run, config, compute, args):
-    """Predicts a split with a run's best network; prints and writes what it finds."""
-    # 1. the network and the images
+def test_segmentation(run, config, compute, args, brief):
+    """Predicts a split with a run's best network; prints and writes what it finds. Returns the scores."""
+    # 1. the network, the images, where files go
     model = runs.load_best(run, models.build_segmenter, compute, config)
     folder, records = find_split(config, args)
-    files = mask_files(records, args.save_masks) if args.save_masks else []
-    fields = data.read_fields(records, reading.channel_names(config["channel"]), f"{args.split} images")
-    channels = config["setting"]["in_channels"]
-    if len(fields[0].image) != channels:
-        raise runs.RunError(f"{records[0].image}: has {len(fields[0].image)} channels; {run} was trained on {channels}")
+    channels = channels_of(config, args)
+    files = output_files(records, args)
+    bar = process.progress(None, f"predicting {args.split}", "px", sum(reading.pixels_of(r.image) for r in records))
 
-    # 2. predict and measure
-    bar = partial(process.progress, what=f"predicting {args.split}", unit="batch")
-    counts, loss, masks = runs.evaluate(model, fields, compute, progress=bar,
-                                        predict=runs.predict_eight_ways if args.tta else runs.predict)
+    # 2. predict and measure, as many images at a time as memory should hold
+    counts, loss, masks = [], 0.0, []
+    for part in data.read_in_parts(records, channels):
+        fields = [usable(field, run, config) for _, field in part]
+        of_part, mean_loss, found = predict_part(model, fields, files, compute, args, bar)
+        counts.append(of_part)
+        loss += mean_loss * sum(field.mask.numel() for field in fields)
+        masks += [np.packbits(mask.numpy(), 1) for mask in found]  # eight pixels a byte
+        del part, fields  # before the next are read
+    bar.close()
+    counts = torch.cat(counts)
+    loss /= counts.sum().item()
     if not math.isfinite(loss):
         raise runs.RunError(f"{run}: its network gives no numbers for the {args.split} images; use --amp off")
     scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss}
 
-    # 3. numbers, picture, masks
+    # 3. numbers, picture
     runs.save_json({**scores, "tta": args.tta, "split": args.split, "data": str(folder)}, run / f"{args.split}.json")
-    pictures.save_sheet(fields, masks, [dedl.image_iou(c) for c in counts], run / f"{args.split}.png")
-    for file, mask in zip(files, masks):
-        Image.fromarray(mask.numpy().astype("uint8") * 255).save(file)
+    ious = [dedl.image_iou(c) for c in counts]
+    order = sorted(range(len(ious)), key=lambda i: -ious[i])
+    shown = []
+    for name, i in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
+        field = data.read_field(records[i], channels, raw=True)
+        mask = np.unpackbits(masks[i], 1, field.shape[1]).astype(bool)
+        shown.append((f"{name}: IoU {ious[i]:.3f}", field, mask))
+    pictures.save_sheet(shown, run / f"{args.split}.png")
+    if brief:
+        print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}", flush=True)
+        return scores
     print(title(run, folder, args))
     for name, value in scores.items():
         print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
+    return scores
 
 
-def mask_files(records, folder):
-    """Where the predicted masks go: folder/<image stem>.png. Raises RunError if one would overwrite another file."""
-    files = [folder / f"{record.image.stem}.png" for record in records]
-    inputs = {path.resolve() for record in records for path in (record.image, record.mask)}
-    for i, file in enumerate(files):
-        if file in files[:i]:
-            raise runs.RunError(f"--save-masks: two images are named {file.stem}; their masks would be one file")
-        if file.resolve() in inputs:
-            raise runs.RunError(f"--save-masks {folder}: would overwrite {file.name} of the data; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return files
+def channels_of(config, args):
+    """The names of the stains to look for. Raises DataError."""
+    return data.channel_names(args.channel) if args.channel else data.stains(config["channel"], config["channels"])
+
+
+def usable(field, run, config):
+    """The field. Raises the DataError that reading it ended in, or RunError where it has not the run's channels."""
+    if isinstance(field, data.DataError):
+        raise field
+    channels = config["setting"]["in_channels"]
+    if len(field.image) != channels:
+        raise runs.RunError(f"{field.record.image}: has {len(field.image)} channels; {run} was trained on {channels}")
+    return field
+
+
+def predict_part(model, fields, files, compute, args, bar):
+    """prediction.evaluate of some fields; writes the masks and probability maps that are asked for."""
+    maps = [np.empty(field.shape, np.uint16) for field in fields] if args.save_probabilities else []
+
+    def seen(indices, rows, logits):
+        bar.update(logits[:, 0].numel())
+        if maps:
+            probabilities = (logits.softmax(1)[:, 1] * 65535).round().cpu().numpy()           # (N, rows, W)
+            for i, probability in zip(indices, probabilities):
+                maps[i][rows] = probability
+
+    counts, loss, masks = prediction.evaluate(model, fields, compute, tta=args.tta, seen=seen)
+    for i, field in enumerate(fields):
+        of_mask, of_map = files[field.record.image]
+        if of_mask:
+            save_png(masks[i].numpy().view(np.uint8) * np.uint8(255), of_mask)
+        if of_map:
+            save_png(maps[i], of_map)
+    return counts, loss, masks
+
+
+def output_files(records, args):
+    """{image: (file for its mask, file for its probability map)}, DIR/<image stem>.png of each flag's DIR, None without
+    one. Makes the folders; raises RunError if a file would overwrite another one's or one of the data."""
+    inputs = {path.resolve() for record in records for path in (record.image, record.mask) if path}
+    found = {record.image: [] for record in records}
+    for flag, folder in (("--save-masks", args.save_masks), ("--save-probabilities", args.save_probabilities)):
+        taken = {}
+        for record in records:
+            file = folder / f"{record.image.stem}.png" if folder else None
+            found[record.image].append(file)
+            if file and taken.setdefault(file, record.image) != record.image:
+                raise runs.RunError(f"{flag}: {taken[file]} and {record.image} are both named {file.stem}; their masks "
+                                    f"would be one file; predict them by two commands")
+            if file and file.resolve() in inputs:
+                raise runs.RunError(f"{flag} {folder}: would overwrite {file.name} of the data; give another folder")
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    if args.save_masks and args.save_probabilities and args.save_masks.resolve() == args.save_probabilities.resolve():
+        raise runs.RunError("--save-probabilities: is the folder of the masks; give another")
+    return found
+
+
+def save_png(array, file):
+    with process.replacing(file) as handle:
+        Image.fromarray(array).save(handle, "PNG")
+
+
+def predict_masks(run, config, compute, args):
+    """Predicts images without truth: masks into RUN/predictions or --save-masks DIR, of each image its nucleus area and
+    count into RUN/predictions.csv. Images that cannot be read are left out and named at the end; then RunError is
+    raised."""
+    records = [data.Record(path, "test", name=str(path)) for path in data.find_images(args.images)]
+    args.save_masks = args.save_masks or run / "predictions"
+    files = output_files(records, args)
+    model = runs.load_best(run, models.build_segmenter, compute, config)
+    bar = process.progress(None, "predicting", "px", sum(reading.pixels_of(record.image) for record in records))
+    rows, unreadable = [], []
+    try:
+        for part in data.read_in_parts(records, channels_of(config, args)):
+            fields = []
+            for _, field in part:
+                try:
+                    fields.append(usable(field, run, config))
+                except (data.DataError, runs.RunError) as error:
+                    unreadable.append(str(error))
+            _, _, masks = predict_part(model, fields, files, compute, args, bar)
+            names, part = [field.record.name for field in fields], None
+            fields.clear()  # large fields' images and parts are not in memory together
+            for name, mask in zip(names, masks):
+                rows.append([name, *mask.shape, f"{mask.float().mean().item():.6f}", prediction.count_nuclei(mask)])
+    finally:  # also of an interrupted run the images that are done
+        bar.close()
+        if rows:
+            with process.replacing(run / "predictions.csv", "w", newline="") as handle:
+                csv.writer(handle).writerows([["image", "height", "width", "nucleus_area_fraction", "nuclei"], *rows])
+    if rows:
+        print(f"{run / 'predictions.csv'}: {len(rows)} images; masks in {args.save_masks}"
+              + (f", probabilities in {args.save_probabilities}" if args.save_probabilities else ""))
+    refuse_unreadable(unreadable, records)
+
+
+def refuse_unreadable(unreadable, records):
+    """Prints the errors of images that could not be read, and raises RunError if there is one."""
+    if unreadable:
+        print(*unreadable, sep="\n")
+        raise runs.RunError(f"--images: {len(unreadable)} of {len(records)} cannot be predicted; {unreadable[0]}")
 
 
 # ------------------------------------------------------------------------------------------------------- classification
@@ -131,8 +261,9 @@ COLUMNS = {"f1_micro": "micro F1", "precision_micro": "precision", "recall_micro
            "subset_accuracy": "all right"}  # of the printed table
 
 
-def test_classification(run, config, compute, args):
-    """Measures each fold and their ensemble on a split; prints and writes what it finds."""
+def test_classification(run, config, compute, args, brief):
+    """Measures each fold and their ensemble on a split; prints and writes what it finds. Returns the ensemble's
+    scores."""
     # 1. probabilities of the folds and of their ensemble
     folder, records = find_split(config, args)
     classes = config["classes"]
@@ -160,10 +291,13 @@ def test_classification(run, config, compute, args):
     runs.save_json({**at_half, "ensemble": at_half, "folds": folds, "mean": mean, "std": deviation,
                     "thresholds": dict(zip(classes, thresholds)), "ensemble_at_thresholds": tuned, "guesses": guesses,
                     "tta": args.tta, "split": args.split, "data": str(folder)}, run / f"{args.split}.json")
-    runs.save_probabilities(run / f"{args.split}.csv", records, classes, ensemble, with_labels=True)
+    prediction.save_probabilities(run / f"{args.split}.csv", records, classes, ensemble, with_labels=True)
     pictures.save_labels(records, ensemble.numpy(), labelled.truth.numpy(), classes, run / f"{args.split}.png")
 
     # 4. the same numbers in print
+    if brief:
+        print(f"{title(run, folder, args)}: micro F1 {at_half['f1_micro']:.4f} of {len(folds)} folds", flush=True)
+        return at_half
     print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds")
     epochs = {}  # shown, since a fold may not be finished; killed in its first it has no metrics.csv yet
     for fold, folder in runs.fold_folders(run).items():
@@ -180,6 +314,7 @@ def test_classification(run, config, compute, args):
         row = at_half["per_class"][name]
         print(f"    {name:19.19}{row['f1']:11.4f}{row['precision']:11.4f}{row['recall']:11.4f}{row['support']:11d}"
               f"{threshold:11.3f}{tuned['per_class'][name]['f1']:11.4f}")
+    return at_half
 
 
 def predict_by_folds(run, config, shown, compute, args):
@@ -189,7 +324,7 @@ def predict_by_folds(run, config, shown, compute, args):
     for fold, folder in runs.fold_folders(run).items():  # one network at a time in memory
         model = runs.load_best(folder, models.build_classifier, compute, config)
         bar = partial(process.progress, what=f"predicting, fold {fold}", unit="batch")
-        found[fold] = runs.classify(model, shown, compute, flips=args.tta, progress=bar).sigmoid()
+        found[fold] = prediction.classify(model, shown, compute, flips=args.tta, progress=bar).sigmoid()
         if not found[fold].isfinite().all():
             raise runs.RunError(f"{folder}: its network gives no numbers for some images; use --amp off")
     return found
@@ -198,7 +333,8 @@ def predict_by_folds(run, config, shown, compute, args):
 def validation_parts(run, classes):
     """Probabilities and truth (images, classes) of the validation parts of all folds put together. Raises RunError
     where an image is in two of them: then the folds are not of one cross-validation."""
-    parts = [runs.load_probabilities(folder / "validation.csv", classes) for folder in runs.fold_folders(run).values()]
+    parts = [prediction.load_probabilities(folder / "validation.csv", classes)
+             for folder in runs.fold_folders(run).values()]
     images = [image for part, _, _ in parts for image in part]
     if len(set(images)) < len(images):
         twice = next(image for image in images if images.count(image) > 1)
@@ -220,12 +356,9 @@ def predict_labels(run, config, compute, args):
             unreadable.append(str(error))
     if readable:
         folds = list(predict_by_folds(run, config, shown, compute, args).values())
-        runs.save_probabilities(run / "predictions.csv", readable, config["classes"], torch.stack(folds).mean(0))
+        prediction.save_probabilities(run / "predictions.csv", readable, config["classes"], torch.stack(folds).mean(0))
         print(f"{run / 'predictions.csv'}: {len(readable)} images, mean probabilities of {len(folds)} folds")
-    if unreadable:
-        print(*unreadable, sep="\n")
-        raise runs.RunError(f"--images: {len(unreadable)} of {len(records)} cannot be read; "
-                            f"{unreadable[0]}")
+    refuse_unreadable(unreadable, records)
 
 
 if __name__ == "__main__":

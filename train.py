@@ -25,8 +25,8 @@ import data
 import dedl
 import models
 import pictures
+import prediction
 import process
-import reading
 import runs
 from settings import digest, how_to_go_on, parse_args, refuse_other_data, refuse_other_settings
 
@@ -99,7 +99,7 @@ def train_segmentation(args, compute):
         started = time.perf_counter()
         loader = make_loader(crops, args, compute, state["epoch"] + 1)
         (train_loss, penalty), speed = train_epoch(parts, loader, losses_of, compute, state["epoch"] + 1, args)
-        counts, val_loss, masks = runs.evaluate(model, val_fields, compute, weight)
+        counts, val_loss, masks = prediction.evaluate(model, val_fields, compute, weight)
         if process.rank() == 0:
             pictures.save_samples(val_fields, masks, out / "samples.png")
         # best.pt: the network and what rebuilds it, nothing of its training: with or without APP it is the same
@@ -116,7 +116,7 @@ def load_splits(records, args):
     for split, found in (("train", train), ("validation", validation)):
         if not found:
             raise runs.RunError(f"--data: {args.data} has no images of split {split}; training needs some")
-    fields = data.read_fields(train + validation, reading.channel_names(args.channel), "training and validation images")
+    fields = data.read_fields(train + validation, data.channel_names(args.channel), "training and validation images")
     for line in (*notes([f"{field.record.image}: the image is constant" for field in fields if not field.image.any()]),
                  *notes([f"{field.record.mask}: the mask is empty" for field in fields if not field.mask.any()])):
         print(line)
@@ -278,13 +278,13 @@ def train_fold(out, model, labelled, train, validation, best, compute, args, res
                 swa_utils.update_bn(process.progress(loader, "BatchNorm", "batch"), average, compute.device)
             process.combine(float_buffers({"model": average}), 1 / process.world())
             network = average.module
-        logits = runs.classify(network, labelled.pictures, compute, validation)
+        logits = prediction.classify(network, labelled.pictures, compute, validation)
         probabilities = logits.sigmoid()
         scores = dedl.classification_scores(probabilities > 0.5, val_truth, classes)
         val_loss = focal(logits.to(compute.device), val_truth.to(compute.device).float()).item()
         # before best.pt: what an interruption in between leaves out is made again
         if process.rank() == 0 and is_better(state, scores["f1_micro"], val_loss):
-            runs.save_probabilities(out / "validation.csv", val_records, classes, probabilities, with_labels=True)
+            prediction.save_probabilities(out / "validation.csv", val_records, classes, probabilities, with_labels=True)
             pictures.save_labels(val_records, probabilities.numpy(), val_truth.numpy(), classes, out / "samples.png")
         state = end_epoch(out, state, parts, {**best, "model": network.state_dict()}, started, speed, train_loss,
                           val_loss, {"val_f1_micro": scores["f1_micro"]}, {"val_f1_macro": scores["f1_macro"]})

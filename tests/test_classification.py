@@ -13,6 +13,7 @@ import data
 import dedl
 import models
 import pictures
+import prediction
 import runs
 import test
 import train
@@ -90,7 +91,7 @@ def test_the_ensemble_is_the_mean_probability(cross_validated):
     shown = data.PicturesOnDisk(records, 32, models.interpolation("test_resnet"))
     config = runs.read_config(run)
     networks = [runs.load_best(run / f"fold{k}", models.build_classifier, compute, config) for k in range(3)]
-    of_fold = [runs.classify(network, shown, compute).sigmoid() for network in networks]
+    of_fold = [prediction.classify(network, shown, compute).sigmoid() for network in networks]
     test.main([str(run), "--device", "cpu", "--amp", "off"])
     written = torch.tensor([[float(p) for p in row[2:]] for row in read_csv(run / "test.csv")[1:]])
     assert len(of_fold) == 3 and not torch.allclose(of_fold[0], of_fold[1], atol=1e-4)
@@ -100,7 +101,8 @@ def test_the_ensemble_is_the_mean_probability(cross_validated):
 def test_thresholds_come_from_validation_alone(cross_validated, script, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(cross_validated[0], run)
-    parts = [runs.load_probabilities(run / f"fold{k}" / "validation.csv", ["blue", "green", "red"]) for k in range(3)]
+    parts = [prediction.load_probabilities(run / f"fold{k}" / "validation.csv", ["blue", "green", "red"])
+             for k in range(3)]
     expected = dedl.best_thresholds(torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts]))
     assert script(test, run)[0] == script(test, run, "--split", "train")[0] == 0
     for name in ("test.json", "train.json"):  # the same whatever is tested
@@ -117,8 +119,8 @@ def test_flips_are_averaged():
 
     picture = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
     compute = runs.Compute(torch.device("cpu"), None)
-    assert runs.classify(Corner(), picture, compute).item() == 0
-    assert runs.classify(Corner(), picture, compute, flips=True).item() == (0 + 3 + 12 + 15) / 4
+    assert prediction.classify(Corner(), picture, compute).item() == 0
+    assert prediction.classify(Corner(), picture, compute, flips=True).item() == (0 + 3 + 12 + 15) / 4
 
 
 def test_the_sheet_shows_narrow_pictures_and_many_classes(tmp_path):

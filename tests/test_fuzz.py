@@ -12,6 +12,7 @@ from conftest import SHARED, write_folder, write_pictures
 from PIL import Image
 
 import data
+import prediction
 import runs
 import train
 
@@ -168,7 +169,7 @@ def test_damaged_texts_of_a_run(cross_validated, tmp_path, name, capfd):
                 args = train.parse_args(["--resume", "--out", str(run)])
                 assert args.epochs >= 1 and 32 <= args.image_size <= 4096 and args.task in ("seg", "cls")
             else:
-                _, probabilities, truth = runs.load_probabilities(file, classes)
+                _, probabilities, truth = prediction.load_probabilities(file, classes)
                 assert probabilities.shape == truth.shape and ((probabilities >= 0) & (probabilities <= 1)).all()
         except runs.RunError as error:
             assert str(file) in str(error) and "\n" not in str(error)

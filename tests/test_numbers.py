@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 import dedl
+import prediction
 import runs
 import test
 import train
@@ -42,7 +43,7 @@ def test_a_run_of_bad_steps_is_ended_with_epoch_batch_and_files(tiny, script, tm
     monkeypatch.setattr(train, "limit", lambda records, _: records[:1])
     monkeypatch.setattr(train, "BAD_STEPS", 2)
     begin_scale(monkeypatch, 2)
-    monkeypatch.setattr(runs, "evaluate", lambda model, fields, *_: (  # a CPU is slow in fp16
+    monkeypatch.setattr(prediction, "evaluate", lambda model, fields, *_: (  # a CPU is slow in fp16
         torch.ones(len(fields), 4), 1.0, [field.mask for field in fields]))
     status, _, err = script(train, *settings, "--epochs", 2)
     assert status == 2 and err.count("\n") == 1
@@ -73,8 +74,8 @@ def test_a_learning_rate_that_explodes(tiny, script, tmp_path):
 
 
 def test_a_validation_without_a_number_is_not_saved(tiny, script, tmp_path, monkeypatch):
-    results, whole = iter([1.0, math.nan]), runs.evaluate
-    monkeypatch.setattr(runs, "evaluate", lambda *inputs: (whole(*inputs)[0], next(results), whole(*inputs)[2]))
+    results, whole = iter([1.0, math.nan]), prediction.evaluate
+    monkeypatch.setattr(prediction, "evaluate", lambda *inputs: (whole(*inputs)[0], next(results), whole(*inputs)[2]))
     status, _, err = script(train, "--data", tiny, *TRAIN, "--epochs", 3, "--out", tmp_path / "run")
     assert status == 2 and "the validation loss is not finite after epoch 2" in err
     assert torch.load(tmp_path / "run" / "last.pt")["state"]["epoch"] == 1
@@ -116,9 +117,10 @@ def test_half_precision_finds_its_scale_in_epochs_of_one_step(coloured, script, 
 
 
 def test_predictions_that_are_no_numbers_are_said(finished, cross_validated, script, tmp_path, monkeypatch):
-    whole_loss, whole_classify = runs.evaluate, runs.classify
-    monkeypatch.setattr(runs, "evaluate", lambda *a, **k: (whole_loss(*a, **k)[0], math.nan, whole_loss(*a, **k)[2]))
-    monkeypatch.setattr(runs, "classify", lambda *a, **k: whole_classify(*a, **k) * math.nan)
+    whole_loss, whole_classify = prediction.evaluate, prediction.classify
+    monkeypatch.setattr(prediction, "evaluate",
+                        lambda *a, **k: (whole_loss(*a, **k)[0], math.nan, whole_loss(*a, **k)[2]))
+    monkeypatch.setattr(prediction, "classify", lambda *a, **k: whole_classify(*a, **k) * math.nan)
     for run, _ in (finished, cross_validated):
         status, _, err = script(test, run)
         assert status == 2 and "its network gives no numbers for" in err and "--amp off" in err

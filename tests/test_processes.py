@@ -12,6 +12,7 @@ from conftest import CLASSIFY, ROOT, TRAIN
 import data
 import dedl
 import models
+import prediction
 import process
 import runs
 import train
@@ -60,7 +61,7 @@ def test_a_segmentation_changes_its_number_of_processes(tiny, script, tmp_path):
     model.load_state_dict(last["model"])
     records = [record for record in data.find_records(tiny)[0] if record.split == "validation"]
     weights = torch.tensor(runs.read_config(run)["class_weights_used"])
-    counts, loss, _ = runs.evaluate(model, data.read_fields(records), runs.choose_compute("cpu", "off"), weights)
+    counts, loss, _ = prediction.evaluate(model, data.read_fields(records), runs.choose_compute("cpu", "off"), weights)
     assert float(rows[-1]["val_iou"]) == pytest.approx(dedl.segmentation_scores(counts)["iou"], abs=1e-6)
     assert float(rows[-1]["val_loss"]) == pytest.approx(loss, rel=1e-5)
     assert runs.read_config(run)["processes"] == 2 and (run / "samples.png").is_file()
@@ -72,13 +73,13 @@ def test_one_failing_process_ends_all_with_its_message(tiny, tmp_path):
     failing = tmp_path / "failing.py"
     failing.write_text(f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
-import process, runs, train
-whole = runs.evaluate
+import prediction, process, runs, train
+whole = prediction.evaluate
 def evaluate(*inputs):
     if process.rank() == 1:
         raise runs.RunError("the second process has a reason")
     return whole(*inputs)
-runs.evaluate = evaluate
+prediction.evaluate = evaluate
 runs.command(train.main)
 """)
     ended = torchrun(failing, "--data", tiny, *TRAIN, "--out", tmp_path / "run")

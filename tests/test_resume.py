@@ -17,6 +17,7 @@ import torch
 from conftest import CLASSIFY, TRAIN
 
 import data
+import prediction
 import process
 import runs
 import test
@@ -51,7 +52,7 @@ def train_and_die(arguments, when, name, number):
     """Runs train.py and kills it before, within or after writing the `number`th file of this name; name "step" or
     "validation": at the `number`th of these."""
     torch.set_num_threads(2)
-    seen, whole, combine, evaluate = [], process.replacing, process.combine, runs.evaluate
+    seen, whole, combine, evaluate = [], process.replacing, process.combine, prediction.evaluate
 
     def count(event):
         seen.append(event)
@@ -73,7 +74,7 @@ def train_and_die(arguments, when, name, number):
         return call
 
     process.replacing, process.combine = replacing, at("step", combine)
-    runs.evaluate = at("validation", evaluate)
+    prediction.evaluate = at("validation", evaluate)
     runs.command(train.main, arguments, train.LESS_MEMORY)
 
 
@@ -369,7 +370,7 @@ def test_too_little_memory_ends_in_a_line_that_says_what_to_lower(whole, tmp_pat
 def test_any_kind_of_out_of_memory(tiny, script, tmp_path, monkeypatch, error):
     def fail(*_, **__):
         raise error
-    monkeypatch.setattr(runs, "evaluate", fail)
+    monkeypatch.setattr(prediction, "evaluate", fail)
     status, _, err = script(train, "--data", tiny, *TRAIN, "--out", tmp_path / "run")
     assert status == 2 and err.count("\n") == 1 and err.startswith("error: out of memory; lower --batch-size, then ")
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import dedl
+import prediction
 import runs
 import test
 import train
@@ -73,7 +74,7 @@ def test_best_is_the_epoch_with_the_best_validation_iou(tiny, tmp_path, monkeypa
         iou = round(1000 * next(ious))
         return torch.tensor([[iou, 1000 - iou, 0, 0]] * len(fields)), 1.0, [field.mask for field in fields]
 
-    monkeypatch.setattr(runs, "evaluate", evaluate)
+    monkeypatch.setattr(prediction, "evaluate", evaluate)
     train.main(["--data", str(tiny), "--out", str(tmp_path / "run"), *TRAIN, "--epochs", "9", "--patience", "2"])
     best, last = (torch.load(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
     assert best["epoch"] == 2 and best["val_iou"] == 0.9
@@ -178,12 +179,32 @@ def test_real_tissue_trains_and_tests(script, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------------- tiles
+@pytest.mark.parametrize("overlap", [0, 5, 8, 12])
 @pytest.mark.parametrize("size, tile", [(10, 16), (16, 16), (17, 16), (100, 32), (1408, 480), (1876, 480)])
-def test_tiles_cover_the_field_and_stay_inside(size, tile):
-    starts = runs.tile_starts(size, tile)
-    covered = {pixel for start in starts for pixel in range(start, min(start + tile, size))}
-    assert covered == set(range(size)) and all(start + tile <= max(size, tile) for start in starts)
-    assert len(starts) == max(1, -(-size // tile))
+def test_tiles_cover_the_field_and_their_weights_sum_to_one(size, tile, overlap):
+    tiles = prediction.tile_weights(size, tile, overlap)
+    total = torch.zeros(size)
+    for start, weights in tiles:
+        assert 0 <= start and start + len(weights) <= size and len(weights) <= tile
+        total[start:start + len(weights)] += weights
+    torch.testing.assert_close(total, torch.ones(size))
+    for (start, weights), (following, _) in zip(tiles, tiles[1:]):
+        assert start < following <= start + len(weights) - overlap
+        if overlap:  # no step where the next tile begins
+            assert weights.diff().abs().max() <= 1.7 / overlap and weights[-1] < 0.1
+    assert len(tiles) == (1 if size <= tile else -(-(size - overlap) // (tile - overlap)))
+
+
+def field_of(*shape):
+    return data.Field(None, torch.rand(*shape), None, ("grey",))
+
+
+def whole(field, model, **how):
+    """The logits of a field, put together; each row comes once, from top to bottom."""
+    parts = list(prediction.predict(model, [field], runs.Compute(torch.device("cpu"), None), **how))
+    assert [rows.start for rows, _ in parts] == [0, *(rows.stop for rows, _ in parts[:-1])]
+    assert parts[-1][0].stop == field.shape[0] and all(logits.shape[2] == r.stop - r.start for r, logits in parts)
+    return torch.cat([logits for _, logits in parts], 2)[0]
 
 
 def test_prediction_puts_tiles_where_they_belong():
@@ -191,10 +212,23 @@ def test_prediction_puts_tiles_where_they_belong():
         def forward(self, image):
             return torch.cat([1 - image, image], 1)
 
-    field = torch.rand(1, 70, 91)
-    compute = runs.Compute(torch.device("cpu"), None)
-    for tile in (16, 32, 80, 128):
-        torch.testing.assert_close(runs.predict(Echo(), field[None], compute, tile)[0, 1], field[0])
+    field = field_of(1, 70, 91)
+    for tile, overlap in ((16, 0), (16, 5), (32, 20), (80, 8), (128, 8)):
+        torch.testing.assert_close(whole(field, Echo(), tile=tile, overlap=overlap)[1], field.image[0])
+        torch.testing.assert_close(whole(field, Echo(), tile=tile, overlap=overlap, tta=True)[1], field.image[0])
+
+
+def test_tiles_are_blended_without_seams():
+    class Number(torch.nn.Module):
+        """Each tile says something else: the worst that tiles can do."""
+        count = 0
+
+        def forward(self, image):
+            self.count += 1
+            return torch.full_like(image, float(self.count % 2)).repeat(1, 2, 1, 1)
+
+    logits = whole(field_of(1, 64, 200), Number(), tile=64, overlap=32)[0]
+    assert logits.min() == 0 and logits.max() == 1 and logits.diff(dim=1).abs().max() < 1.6 / 32
 
 
 def test_tta_puts_the_eight_ways_back():
@@ -205,9 +239,8 @@ def test_tta_puts_the_eight_ways_back():
             image = image + torch.linspace(0, 1, image.shape[-1])
             return torch.cat([-image, image], 1)
 
-    field = torch.rand(1, 24, 31)
-    logits = runs.predict_eight_ways(Ramp(), field[None], runs.Compute(torch.device("cpu"), None))[0]
-    torch.testing.assert_close(logits[1], field[0] + 0.5)
+    field = field_of(1, 24, 31)
+    torch.testing.assert_close(whole(field, Ramp(), tta=True)[1], field.image[0] + 0.5)
 
 
 def test_fields_of_one_size_are_predicted_together_and_keep_their_order():
@@ -220,7 +253,7 @@ def test_fields_of_one_size_are_predicted_together_and_keep_their_order():
             seen.append(tuple(images.shape))
             return torch.cat([1 - images, images], 1)
 
-    counts, loss, masks = runs.evaluate(Threshold(), fields, runs.Compute(torch.device("cpu"), None))
+    counts, loss, masks = prediction.evaluate(Threshold(), fields, runs.Compute(torch.device("cpu"), None))
     assert seen == [(4, 1, 16, 20), (1, 1, 24, 20), (1, 1, 1024, 1024)]
     for field, mask, count in zip(fields, masks, counts):
         assert torch.equal(mask, field.image[0] > 0.5) and torch.equal(count, dedl.confusion(mask, field.mask))

@@ -1,0 +1,45 @@
+"""The table that compares several runs: a line for each setting, mean and standard deviation over its seeds."""
+import statistics
+
+import settings
+
+COLUMNS = {"seg": {"iou": "IoU", "mean_image_iou": "mean image IoU", "dice": "Dice", "precision": "precision",
+                   "recall": "recall"},
+           "cls": {"f1_micro": "micro F1", "f1_macro": "macro F1", "precision_micro": "precision",
+                   "recall_micro": "recall", "subset_accuracy": "all right"}}
+
+
+def show(measured):
+    """Prints a table for each task, the best setting first. measured: (folder, config, scores) of each run. Runs whose
+    flags are the same but for the seed, the machine and the place are of one setting."""
+    for task, columns in COLUMNS.items():
+        groups = {}
+        for run, config, scores in measured:
+            if config["task"] == task:
+                groups.setdefault(tuple(setting_of(config).items()), []).append((run, config["seed"], scores))
+        if groups:
+            show_groups(columns, [(dict(setting), members) for setting, members in groups.items()])
+
+
+def setting_of(config):
+    """{flag: value} of what makes a run's setting; what it started from as it was found, not as it was asked for."""
+    flags = vars(settings.make_parser("").parse_args([]))
+    kept = {name: str(config.get(name)) for name in flags if name not in (*settings.PLACE, "seed")}
+    return {**kept, "weights": str(config["weights_used"])}
+
+
+def show_groups(columns, groups):
+    first = next(iter(columns))
+    groups.sort(key=lambda group: -statistics.fmean(scores[first] for _, _, scores in group[1]))
+    differ = [flag for flag in groups[0][0] if len({setting[flag] for setting, _ in groups}) > 1]
+    print("\n" + "".join(f"{title:>18}" for title in columns.values()) + "  runs  setting")
+    for setting, members in groups:
+        cells = []
+        for name in columns:
+            values = [scores[name] for _, _, scores in members]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else " " * 9  # n - 1
+            cells.append(f"{statistics.fmean(values):.4f}{spread}")
+        flags = " ".join(f"--{flag.replace('_', '-')} {setting[flag]}" for flag in differ) or "the same for all"
+        seeds = ", ".join(str(seed) for _, seed, _ in sorted(members, key=lambda member: member[1]))
+        names = f"{members[0][0]}" if len(members) == 1 else f"seeds {seeds}"
+        print("".join(f"{cell:>18}" for cell in cells) + f"{len(members):6}  {flags} ({names})")
