@@ -60,6 +60,39 @@ def save_labels(records, probabilities, truth, classes, file, most=12, columns=4
     save_grid([cells[i:i + columns] for i in range(0, len(cells), columns)], file, strip=36)
 
 
+def save_curves(history, file):
+    """Loss, score and learning rate by epoch, from the rows of metrics.csv. Returns a hint where matplotlib, which
+    draws them, is not installed, else ""."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        return "no curves.png: pip install matplotlib to have it drawn"
+    name, title = ("val_iou", "validation IoU") if "val_iou" in history[0] else ("val_f1_micro", "validation F1")
+    best = max(history, key=lambda row: row[name])
+    panels = {"loss": {"train_loss": "training", "val_loss": "validation"},
+              f"{title}, best {best[name]:.4f} in epoch {best['epoch']}":
+                  {"val_iou": ""} if name == "val_iou" else {"val_f1_micro": "micro", "val_f1_macro": "macro"},
+              "learning rate": {"lr": ""}}
+    figure = Figure((11, 3.2), dpi=110, layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axes, (title, columns) in zip(figure.subplots(1, 3), panels.items()):
+        for (column, label), colour, marker in zip(columns.items(), (TRUTH, PREDICTED), "os"):
+            axes.plot(epochs, [row[column] for row in history], marker=marker, markersize=3, label=label,
+                      color=np.array(colour) / 255)
+        if len(columns) > 1:
+            axes.legend(frameon=False)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(0)  # of the learning rate
+    with process.replacing(file) as handle:
+        figure.savefig(handle, format="png")
+    return ""
+
+
 def as_picture(image):
     """Image (C, H, W) in [0, 1] -> uint8 (H, W, 3); one channel becomes grey, of many the first three are shown."""
     image = image.numpy()

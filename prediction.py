@@ -20,8 +20,8 @@ BATCH = 1 << 19       # pixels: small fields of one size are predicted together,
 
 # ------------------------------------------------------------------------------------------------------- whole fields
 def tile_weights(size, most=TILE, overlap=OVERLAP):
-    """[(start, weights)] of the tiles along an axis of `size` pixels: as few as cover it, of `most` pixels or fewer, with
-    neighbours that overlap by `overlap`; one of the whole size if that is not more than `most`.
+    """[(start, weights)] of the tiles along an axis of `size` pixels: as few as cover it, of at most `most` pixels,
+    with neighbours that overlap by `overlap`; one of the whole size if that is not more than `most`.
 
     Each weight falls smoothly to 0 towards a border where another tile goes on; at each pixel they sum to 1.
     """

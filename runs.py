@@ -17,10 +17,10 @@ RUNS = Path("runs")
 SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic-v2"  # the number rises when data.py makes other pictures
 
 
-WRITTEN = ("best.pt", "last.pt", "metrics.csv", "samples.png", "validation.csv", "test.json", "test.png", "test.csv",
-           "segmentation.csv", "classification.csv")  # where one of these lies, no run may begin
+WRITTEN = ("best.pt", "last.pt", "metrics.csv", "samples.png", "curves.png", "validation.csv", "test.json", "test.png",
+           "test.csv", "predictions.csv", "segmentation.csv", "classification.csv")  # where one lies, no run may begin
 CONFIG = dict(task=str, data=str, seed=int, images=dict, setting=dict, weights_used=str)  # what others need of a config
-CONFIG_OF = {"seg": dict(channel=str), "cls": dict(model=str, image_size=int, folds=int, classes=list)}
+CONFIG_OF = {"seg": dict(channel=str, channels=list), "cls": dict(model=str, image_size=int, folds=int, classes=list)}
 
 
 class RunError(ValueError):

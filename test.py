@@ -12,7 +12,6 @@ size: predicted by tiles that overlap, put together, every pixel counted once. A
 fold and as the ensemble of its folds, their mean probability.
 """
 import csv
-import math
 from functools import partial
 from pathlib import Path
 
@@ -120,17 +119,15 @@ def test_segmentation(run, config, compute, args, brief):
     counts, loss, masks = [], 0.0, []
     for part in data.read_in_parts(records, channels):
         fields = [usable(field, run, config) for _, field in part]
-        of_part, mean_loss, found = predict_part(model, fields, files, compute, args, bar)
+        of_part, mean_loss, found, maps = predict_part(run, model, fields, compute, args, bar)
+        del part, fields  # large images and what is made of them are not in memory together
+        save_part(found, maps, files[len(masks):])
         counts.append(of_part)
-        loss += mean_loss * sum(field.mask.numel() for field in fields)
+        loss += mean_loss * of_part.sum().item()
         masks += [np.packbits(mask.numpy(), 1) for mask in found]  # eight pixels a byte
-        del part, fields  # before the next are read
     bar.close()
     counts = torch.cat(counts)
-    loss /= counts.sum().item()
-    if not math.isfinite(loss):
-        raise runs.RunError(f"{run}: its network gives no numbers for the {args.split} images; use --amp off")
-    scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss}
+    scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss / counts.sum().item()}
 
     # 3. numbers, picture
     runs.save_json({**scores, "tta": args.tta, "split": args.split, "data": str(folder)}, run / f"{args.split}.json")
@@ -166,52 +163,58 @@ def usable(field, run, config):
     return field
 
 
-def predict_part(model, fields, files, compute, args, bar):
-    """prediction.evaluate of some fields; writes the masks and probability maps that are asked for."""
-    maps = [np.empty(field.shape, np.uint16) for field in fields] if args.save_probabilities else []
+def predict_part(run, model, fields, compute, args, bar):
+    """What prediction.evaluate gives for some fields; and, if they are asked for, probability maps, uint16 (H, W).
+    Raises RunError where the network gives no numbers."""
+    maps = [np.empty(field.shape, np.uint16) if args.save_probabilities else None for field in fields]
 
     def seen(indices, rows, logits):
         bar.update(logits[:, 0].numel())
-        if maps:
+        if not logits.isfinite().all():
+            image = fields[indices[0]].record.image
+            raise runs.RunError(f"{run}: its network gives no numbers for {image}; use --amp off")
+        if args.save_probabilities:
             probabilities = (logits.softmax(1)[:, 1] * 65535).round().cpu().numpy()           # (N, rows, W)
             for i, probability in zip(indices, probabilities):
                 maps[i][rows] = probability
 
-    counts, loss, masks = prediction.evaluate(model, fields, compute, tta=args.tta, seen=seen)
-    for i, field in enumerate(fields):
-        of_mask, of_map = files[field.record.image]
+    return *prediction.evaluate(model, fields, compute, tta=args.tta, seen=seen), maps
+
+
+def save_part(masks, maps, files):
+    """Writes masks and maps where output_files has it."""
+    for mask, probability, (of_mask, of_map) in zip(masks, maps, files):
         if of_mask:
-            save_png(masks[i].numpy().view(np.uint8) * np.uint8(255), of_mask)
+            save_png(mask.numpy().view(np.uint8) * np.uint8(255), of_mask)
         if of_map:
-            save_png(maps[i], of_map)
-    return counts, loss, masks
-
-
-def output_files(records, args):
-    """{image: (file for its mask, file for its probability map)}, DIR/<image stem>.png of each flag's DIR, None without
-    one. Makes the folders; raises RunError if a file would overwrite another one's or one of the data."""
-    inputs = {path.resolve() for record in records for path in (record.image, record.mask) if path}
-    found = {record.image: [] for record in records}
-    for flag, folder in (("--save-masks", args.save_masks), ("--save-probabilities", args.save_probabilities)):
-        taken = {}
-        for record in records:
-            file = folder / f"{record.image.stem}.png" if folder else None
-            found[record.image].append(file)
-            if file and taken.setdefault(file, record.image) != record.image:
-                raise runs.RunError(f"{flag}: {taken[file]} and {record.image} are both named {file.stem}; their masks "
-                                    f"would be one file; predict them by two commands")
-            if file and file.resolve() in inputs:
-                raise runs.RunError(f"{flag} {folder}: would overwrite {file.name} of the data; give another folder")
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-    if args.save_masks and args.save_probabilities and args.save_masks.resolve() == args.save_probabilities.resolve():
-        raise runs.RunError("--save-probabilities: is the folder of the masks; give another")
-    return found
+            save_png(probability, of_map)
 
 
 def save_png(array, file):
     with process.replacing(file) as handle:
         Image.fromarray(array).save(handle, "PNG")
+
+
+def output_files(records, args):
+    """For each record where its mask and its probability map go, DIR/<image stem>.png of the flags' DIRs; None without
+    one. Makes the folders; raises RunError if a file would overwrite another one's or one of the data."""
+    inputs = {path.resolve() for record in records for path in (record.image, record.mask) if path}
+    if args.save_masks and args.save_probabilities and args.save_masks.resolve() == args.save_probabilities.resolve():
+        raise runs.RunError(f"--save-probabilities {args.save_probabilities}: is the folder of the masks; give another")
+    columns = []
+    for flag, folder in (("--save-masks", args.save_masks), ("--save-probabilities", args.save_probabilities)):
+        files = [folder and folder / f"{record.image.stem}.png" for record in records]
+        owners = {}
+        for file, record in zip(files if folder else (), records):
+            if owners.setdefault(file, record.image) != record.image:
+                raise runs.RunError(f"{flag}: {owners[file]} and {record.image} would both go into {file}; give them "
+                                    f"to two commands")
+            if file.resolve() in inputs:
+                raise runs.RunError(f"{flag} {folder}: would overwrite {file.name} of the data; give another folder")
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        columns.append(files)
+    return list(zip(*columns))
 
 
 def predict_masks(run, config, compute, args):
@@ -220,7 +223,7 @@ def predict_masks(run, config, compute, args):
     raised."""
     records = [data.Record(path, "test", name=str(path)) for path in data.find_images(args.images)]
     args.save_masks = args.save_masks or run / "predictions"
-    files = output_files(records, args)
+    file_of = dict(zip((record.image for record in records), output_files(records, args)))
     model = runs.load_best(run, models.build_segmenter, compute, config)
     bar = process.progress(None, "predicting", "px", sum(reading.pixels_of(record.image) for record in records))
     rows, unreadable = [], []
@@ -232,11 +235,12 @@ def predict_masks(run, config, compute, args):
                     fields.append(usable(field, run, config))
                 except (data.DataError, runs.RunError) as error:
                     unreadable.append(str(error))
-            _, _, masks = predict_part(model, fields, files, compute, args, bar)
-            names, part = [field.record.name for field in fields], None
-            fields.clear()  # large fields' images and parts are not in memory together
-            for name, mask in zip(names, masks):
-                rows.append([name, *mask.shape, f"{mask.float().mean().item():.6f}", prediction.count_nuclei(mask)])
+            _, _, masks, maps = predict_part(run, model, fields, compute, args, bar)
+            done = [field.record for field in fields]
+            del part, field, fields  # as above
+            save_part(masks, maps, [file_of[record.image] for record in done])
+            rows += [[record.name, *mask.shape, f"{mask.sum() / mask.numel():.6f}", prediction.count_nuclei(mask)]
+                     for record, mask in zip(done, masks)]
     finally:  # also of an interrupted run the images that are done
         bar.close()
         if rows:

@@ -106,6 +106,7 @@ def train_segmentation(args, compute):
         state = end_epoch(out, state, parts, {"setting": setting, "model": model.state_dict()}, started, speed,
                           train_loss, val_loss, {"val_iou": dedl.segmentation_scores(counts)["iou"]},
                           {"app_penalty": penalty})
+    finish(out, state)
     print(f"done: best validation IoU {state['best']:.4f}; now: python test.py {out}")
 
 
@@ -288,6 +289,7 @@ def train_fold(out, model, labelled, train, validation, best, compute, args, res
             pictures.save_labels(val_records, probabilities.numpy(), val_truth.numpy(), classes, out / "samples.png")
         state = end_epoch(out, state, parts, {**best, "model": network.state_dict()}, started, speed, train_loss,
                           val_loss, {"val_f1_micro": scores["f1_micro"]}, {"val_f1_macro": scores["f1_macro"]})
+    finish(out, state)
     return state["best"]
 
 
@@ -530,6 +532,12 @@ def save_metrics(state, file):
         writer.writerows(state["history"])
 
 
+def finish(out, state):
+    """Draws what the training was like."""
+    if process.rank() == 0 and (hint := pictures.save_curves(state["history"], out / "curves.png")):
+        print(*notes([hint]))
+
+
 def claim(out):
     """Keeps the folder of a run or a fold for this process, and removes what a kill has left half written there. Raises
     RunError if another process is training into it."""
@@ -537,7 +545,7 @@ def claim(out):
         out.mkdir(parents=True, exist_ok=True)
         if not process.hold(out):
             raise runs.RunError(f"--out {out}: another process is training into it; wait, or give another")
-        for name in ("config.json", *runs.WRITTEN[:5]):
+        for name in ("config.json", *runs.WRITTEN[:6]):
             for file in out.glob(f"{name}.[0-9]*.tmp"):
                 file.unlink()
 

@@ -1,0 +1,63 @@
+"""Memory and time that test.py takes for one large field.
+
+    python benchmarks/large_field.py RUN [--side 20000] [--kind uint8|uint16|float32] [--tta] [--probabilities]
+
+Fields of the run's data, put side by side in a single-page TIFF in a temporary folder (deflate; float32 uncompressed),
+are predicted by `python test.py RUN --images`, in a process of its own, whose largest resident memory is shown.
+"""
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import harness
+import numpy as np
+import tifffile
+
+import data
+import reading
+import runs
+
+
+def main():
+    parser = harness.argparse.ArgumentParser(description=__doc__,
+                                             formatter_class=harness.argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", type=Path, help="folder of a trained segmentation of one channel")
+    add("--side", type=int, default=20000, help="pixels [%(default)s]")
+    add("--kind", choices=["uint8", "uint16", "float32"], default="uint8", help="of its pixels [%(default)s]")
+    add("--tta", action="store_true")
+    add("--probabilities", action="store_true", help="write the probability map too")
+    args = parser.parse_args()
+    config = runs.read_config(args.run)
+    records, _ = data.find_records(config["data"], config["seed"])
+    images = [reading.read_image(record.image, dtype=None)[0][0] for record in records[:200]]
+    side = min(min(image.shape) for image in images)
+    rng = np.random.default_rng(0)
+    field = np.empty((args.side, args.side), args.kind)
+    for y in range(0, args.side, side):
+        for x in range(0, args.side, side):
+            target = field[y:y + side, x:x + side]
+            target[:] = images[rng.integers(len(images))][:target.shape[0], :target.shape[1]]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        tifffile.imwrite(folder / "large.tif", field, compression=None if args.kind == "float32" else "zlib")
+        del field
+        shutil.copytree(args.run, folder / "run", ignore=shutil.ignore_patterns("last.pt"))
+        flags = (["--tta"] if args.tta else []) + (["--save-probabilities", folder / "p"] if args.probabilities else [])
+        started = time.perf_counter()
+        subprocess.run([sys.executable, harness.ROOT / "test.py", folder / "run", "--images", folder / "large.tif",
+                        *flags], check=True)
+        seconds = time.perf_counter() - started
+        print((folder / "run" / "predictions.csv").read_text())
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
+    print(f"`python {' '.join(['benchmarks/large_field.py', args.run.name, *sys.argv[2:]])}`: "
+          f"{harness.machine(runs.choose_compute('auto', 'auto'))}\n"
+          f"{args.side} x {args.side} {args.kind}: at most {peak:.2f} GiB of memory, {seconds / 60:.1f} min")
+
+
+if __name__ == "__main__":
+    main()

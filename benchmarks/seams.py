@@ -1,0 +1,95 @@
+"""How much the prediction of a field depends on where tiles fall.
+
+    python benchmarks/seams.py RUN [--data DIR] [--tile 512] [--overlaps 0 32 64 128 256]
+
+A trained run predicts the largest of its validation fields, mirrored on to --side, several times: the grid of tiles is
+moved by cutting some rows and columns off. If the tiles did not matter, the same pixels would get the same probability
+each time. Shown is by how much they do not: the mean and the largest difference of the nucleus probability to the mean
+over the grids, the share of pixels whose class changes with the grid, and the jump across the borders of tiles, as a
+ratio to that between any two neighbouring pixels (1: no seam to be seen); and what overlapping costs.
+"""
+import time
+
+import harness
+import torch
+
+import data
+import models
+import prediction
+import runs
+
+
+def enlarged(image, side):
+    """The image (C, H, W) mirrored back and forth, side x side pixels."""
+    while min(image.shape[1:]) < side:
+        image = torch.cat([image, image.flip(1)], 1)
+        image = torch.cat([image, image.flip(2)], 2)
+    return image[:, :side, :side]
+
+
+@torch.inference_mode()
+def probabilities(model, image, compute, tile, overlap):
+    field = data.Field(None, image, None, ())
+    parts = [logits[0].softmax(0)[1].cpu() for _, logits in
+             prediction.predict(model, [field], compute, tile=tile, overlap=overlap)]
+    return torch.cat(parts)                                                                       # (H, W)
+
+
+def jumps(probability, tile, overlap):
+    """Mean |difference| of neighbouring columns where a tile begins or ends, and of all columns."""
+    size = probability.shape[1]
+    tiles = prediction.tile_weights(size, tile, overlap)
+    borders = sorted({edge for start, weights in tiles for edge in (start, start + len(weights)) if 0 < edge < size})
+    difference = probability.diff(dim=1).abs().mean(0)                                            # (W - 1,)
+    return difference[[edge - 1 for edge in borders]].mean().item(), difference.mean().item()
+
+
+def main():
+    parser = harness.argparse.ArgumentParser(description=__doc__,
+                                             formatter_class=harness.argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", type=harness.Path, help="folder of a trained segmentation")
+    add("--data", type=harness.Path, help="data folder [the run's own]")
+    add("--fields", type=int, default=2, help="[%(default)s]")
+    add("--side", type=int, default=1400, help="pixels [%(default)s]")
+    add("--tile", type=int, default=512, help="[%(default)s]")
+    add("--overlaps", type=int, nargs="+", default=[0, 32, 64, 128, 256], help="%(default)s")
+    add("--shifts", type=int, default=4, help="grids [%(default)s]")
+    args = parser.parse_args()
+    compute = runs.choose_compute("auto", "auto")
+    print(f"`python benchmarks/seams.py {args.run.name} --side {args.side} --tile {args.tile}`: "
+          f"{harness.machine(compute)}\n")
+    config = runs.read_config(args.run)
+    model = models.for_inference(runs.load_best(args.run, models.build_segmenter, compute, config))
+    records, _ = data.find_records(args.data or config["data"], config["seed"])
+    channels = data.stains(config["channel"], config["channels"])
+    fields = data.read_fields([record for record in records if record.split == "validation"], channels)
+    fields.sort(key=lambda field: field.mask.numel())
+    images = [enlarged(field.image, args.side) for field in fields[-args.fields:]]
+    most = args.side // 4                                             # rows and columns that are cut off
+    margin = most + 64                                                # from here on all see as far
+    print("| overlap | mean difference | largest | class changes | jump at borders | time |\n" + "|---" * 6 + "|")
+    base = None
+    for overlap in args.overlaps:
+        differences, changes, at_border, anywhere, seconds = [], [], 0.0, 0.0, 0.0
+        for image in images:
+            found = []
+            for number in range(args.shifts):
+                cut = round(number * most / max(1, args.shifts - 1))
+                started = time.perf_counter()
+                whole = probabilities(model, image[:, cut:, cut:], compute, args.tile, overlap)
+                seconds += time.perf_counter() - started
+                border, other = jumps(whole, args.tile, overlap)
+                at_border, anywhere = at_border + border, anywhere + other
+                found.append(whole[margin - cut:, margin - cut:])
+            found = torch.stack(found)                                                            # (grids, H, W)
+            differences.append((found - found.mean(0)).abs())
+            changes.append(((found > 0.5).any(0) & (found <= 0.5).any(0)).float().mean())
+        differences, base = torch.stack(differences), base or seconds
+        print(f"| {overlap} | {differences.mean():.5f} | {differences.max():.3f} | "
+              f"{100 * torch.stack(changes).mean():.3f} % | {at_border / anywhere:.2f} | {seconds / base:.2f} |",
+              flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Whole fields of any size, new images, stains by name, nuclei counted, pictures of the training, runs compared."""
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import TRAIN, blobs
+from PIL import Image
+
+import data
+import dedl
+import pictures
+import prediction
+import reading
+import runs
+import synthetic
+import test
+import train
+
+
+def rows_of(file):
+    with open(file, newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run, to be written into."""
+    folder = tmp_path / "a_run"
+    folder.mkdir()
+    for name in ("config.json", "best.pt"):
+        (folder / name).write_bytes((finished[0] / name).read_bytes())
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------- new images
+def test_new_images_get_masks_maps_and_a_table(run, tiny, script, tmp_path):
+    new = tmp_path / "new"
+    (new / "deeper").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "b.tif", "deeper/c.png", "broken.png")):
+        image = Image.open(tiny / f"field{i}.png")
+        image.save(new / name)
+    (new / "broken.png").write_bytes(b"not a picture")
+    (new / "text.txt").write_text("left alone")
+    status, out, err = script(test, run, "--images", f"{new}/**/*.png", new / "b.tif", "--save-probabilities",
+                              tmp_path / "maps")
+    assert status == 2 and err.startswith(f"error: --images: 1 of 4 cannot be predicted; {new / 'broken.png'}: "), err
+    assert f"{run / 'predictions.csv'}: 3 images" in out and str(new / "broken.png") in out
+    rows = {row["image"]: row for row in rows_of(run / "predictions.csv")}
+    assert set(rows) == {str(new / name) for name in ("a.png", "b.tif", "deeper/c.png")}
+    for name, field in (("a", "field0"), ("b", "field1"), ("c", "field2")):
+        mask = np.asarray(Image.open(run / "predictions" / f"{name}.png"))
+        probability = np.asarray(Image.open(tmp_path / "maps" / f"{name}.png"))
+        assert mask.shape == Image.open(tiny / f"{field}.png").size[::-1] and set(np.unique(mask)) <= {0, 255}
+        assert probability.dtype == np.uint16 and ((probability > 32768) == (mask > 0))[probability != 32768].all()
+        row = next(row for image, row in rows.items() if f"{name}." in image)
+        assert (int(row["height"]), int(row["width"])) == mask.shape
+        assert float(row["nucleus_area_fraction"]) == pytest.approx((mask > 0).mean(), abs=1e-6)
+        assert int(row["nuclei"]) == prediction._count_parts(torch.from_numpy(mask > 0))
+    # the same masks as those of measured images
+    assert script(test, run, "--data", tiny, "--split", "train", "--save-masks", tmp_path / "masks")[0] == 0
+    assert (tmp_path / "masks" / "field0.png").read_bytes() == (run / "predictions" / "a.png").read_bytes()
+
+
+def test_masks_of_two_images_never_share_a_file(run, tiny, script, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "field0.png").write_bytes((tiny / "field0.png").read_bytes())
+    status, _, err = script(test, run, "--images", tiny / "field0.png", tmp_path / "other" / "field0.png")
+    assert status == 2 and "would both go into" in err and not (run / "predictions").exists()
+
+
+def test_an_interruption_keeps_the_table_of_what_is_done(run, tiny, script, monkeypatch):
+    whole, calls = prediction.evaluate, []
+
+    def evaluate(*inputs, **how):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*inputs, **how)
+
+    monkeypatch.setattr(prediction, "evaluate", evaluate)
+    monkeypatch.setattr(data, "PART_PIXELS", 1)
+    assert script(test, run, "--images", f"{tiny}/field*.png")[0] == 130
+    assert len(rows_of(run / "predictions.csv")) == len(list((run / "predictions").iterdir())) == 2
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_nuclei_are_counted(seed):
+    ndimage = pytest.importorskip("scipy.ndimage")
+    rng = np.random.default_rng(seed)
+    mask = rng.random(rng.integers(1, 40, 2)) < rng.random()
+    expected = ndimage.label(mask, np.ones((3, 3)))[1]
+    assert prediction._count_parts(torch.from_numpy(mask)) == expected
+    assert prediction.count_nuclei(torch.from_numpy(mask)) == expected
+
+
+def test_nuclei_are_counted_without_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    snake = torch.zeros(41, 40, dtype=torch.bool)
+    snake[::2] = True
+    snake[1::4, -1] = snake[3::4, 0] = True
+    assert prediction.count_nuclei(snake) == 1
+    snake[20] = False
+    assert prediction.count_nuclei(snake) == 2
+    assert prediction.count_nuclei(torch.eye(9).bool()) == 1  # touching by corners
+    assert prediction.count_nuclei(torch.zeros(5, 5, dtype=torch.bool)) == 0
+
+
+# -------------------------------------------------------------------------------------------------------- large fields
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_limits_of_large_images_are_the_same(monkeypatch, kind):
+    rng = np.random.default_rng(3)
+    image = (rng.normal(30, 20, (2, 700, 300)).clip(0) if kind != np.float32 else rng.normal(0, 1e3, (2, 700, 300)))
+    image = image.astype(kind)
+    image[1, :, :290] = 0  # both percentiles of many equal values
+    small = reading.find_limits(image)
+    monkeypatch.setattr(reading, "LARGE", 1000)
+    for ours, numpys in zip(reading.find_limits(image), small):
+        assert ours.shape == (2, 1, 1) and ours.dtype == np.float32
+        np.testing.assert_allclose(ours, numpys, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "lzw.tif"])
+def test_large_pictures_are_read_in_strips(monkeypatch, tmp_path, name):
+    pixels = np.random.default_rng(0).integers(0, 255, (600, 90, 3), np.uint8)
+    how = {"compression": "tiff_lzw"} if name == "lzw.tif" else {}
+    Image.fromarray(pixels).save(tmp_path / name, **how)
+    monkeypatch.setattr(reading, "LARGE", 1000)
+    np.testing.assert_array_equal(reading.read_image(tmp_path / name, dtype=None)[0], np.moveaxis(pixels, -1, 0))
+
+
+def test_a_field_read_raw_is_the_same_field(tiny):
+    record = data.find_records(tiny)[0][0]
+    normalised, raw = data.read_field(record), data.read_field(record, raw=True)
+    assert raw.image.dtype == np.uint8 and raw.shape == normalised.shape
+    torch.testing.assert_close(raw.window(), normalised.image)
+    torch.testing.assert_close(raw.window(slice(3, 20), slice(5, 9)), normalised.window(slice(3, 20), slice(5, 9)))
+
+
+def test_images_that_do_not_fit_in_memory_together_are_measured_in_parts(run, tiny, script, monkeypatch):
+    def measured():
+        status, out, err = script(test, run, "--data", tiny, "--amp", "off")
+        assert status == 0, err
+        scores = json.loads((run / "test.json").read_text())
+        return {k: v for k, v in scores.items() if isinstance(v, float)}, (run / "test.png").read_bytes()
+
+    together, sheet = measured()
+    monkeypatch.setattr(data, "PART_PIXELS", 1)
+    in_parts, same_sheet = measured()
+    assert in_parts == pytest.approx(together, rel=1e-6) and same_sheet == sheet
+
+
+def test_a_field_does_not_change_much_where_tiles_fall(run):
+    """The network of a run, a field of several tiles against the same field whole."""
+    config = runs.read_config(run)
+    compute = runs.Compute(torch.device("cpu"), None)
+    model = runs.load_best(run, prediction.models.build_segmenter, compute, config)
+    image = np.concatenate([np.concatenate([blobs(np.random.default_rng(i + 3 * j), 50, 50)[0] for i in range(3)])
+                            for j in range(3)], 1)
+    field = data.Field(None, torch.from_numpy(reading.normalise(image[None])), None, ("grey",))
+    with torch.inference_mode():
+        def probability(**how):
+            return torch.cat([z.softmax(1)[0, 1] for _, z in prediction.predict(model, [field], compute, **how)])
+        whole, cut, blended = probability(), probability(tile=64, overlap=0), probability(tile=64, overlap=32)
+    assert (blended - whole).abs().mean() < 0.7 * (cut - whole).abs().mean()
+
+
+# -------------------------------------------------------------------------------------------------------------- stains
+def write_stacks(folder, orders):
+    """A data folder of inForm-like TIFFs of three stains each, their pages in these orders."""
+    folder.mkdir()
+    rows = ["image,mask,split"]
+    for i, order in enumerate(orders):
+        image, labels = blobs(np.random.default_rng(i), 48, 64)
+        stains = {"CD19": image[::-1].astype(np.float32), "DAPI": image.astype(np.float32), "PD1": 250.0 - image}
+        synthetic.write_inform(folder / f"stack{i}.tif", "S", {name: stains[name] for name in order})
+        Image.fromarray(labels).save(folder / f"labels{i}.png")
+        rows.append(f"stack{i}.tif,labels{i}.png,{('train', 'train', 'validation', 'test')[i]}")
+    (folder / "segmentation.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+ORDER = ("CD19", "DAPI", "PD1")
+
+
+@pytest.mark.parametrize("channel", ["dapi,CD19", "1,0"])  # of a page that is named by its place the name is remembered
+def test_stains_are_found_by_name_in_any_order(script, tmp_path, channel):
+    folder = write_stacks(tmp_path / "stacks", [ORDER] * 3 + [("PD1", "CD19", "DAPI")])
+    same = write_stacks(tmp_path / "same", [ORDER] * 4)
+    run = tmp_path / "run"
+    status, _, err = script(train, "--data", folder, "--out", run, *TRAIN, "--channel", channel)
+    config = runs.read_config(run)
+    assert status == 0 and config["setting"]["in_channels"] == 2 and config["channels"] == ["DAPI", "CD19"], err
+    scores = []
+    for where, more in ((folder, ()), (same, ()), (same, ("--channel", "DAPI,PD1"))):
+        assert script(test, run, "--data", where, *more)[0] == 0
+        scores.append(json.loads((run / "test.json").read_text())["cross_entropy"])
+    assert scores[0] == scores[1] != scores[2]
+
+
+def test_pages_by_place_must_be_of_one_stain(script, tmp_path):
+    mixed = write_stacks(tmp_path / "mixed", [ORDER, ORDER[::-1], ORDER, ORDER])
+    status, _, err = script(train, "--data", mixed, "--out", tmp_path / "no", *TRAIN, "--channel", "0,1")
+    assert status == 2 and "give names" in err and "stack1.tif" in err
+
+
+def test_names_of_ome_tiffs(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 99, (3, 20, 30)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.ome.tif", pixels, photometric="minisblack",
+                     metadata={"axes": "CYX", "Channel": {"Name": ["CD4", "DAPI", "CD8"]}})
+    image, names = data.read_image(tmp_path / "a.ome.tif", ("CD8", "dapi"))
+    assert names == ("CD8", "DAPI") and np.array_equal(image, pixels[[2, 1]].astype(np.float32))
+
+
+def test_a_name_of_two_pages_is_no_name(tmp_path):
+    synthetic_stain = np.ones((8, 8), np.float32)
+    synthetic.write_inform(tmp_path / "a.tif", "S", {"DAPI": synthetic_stain})
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        text = tiff.pages[0].description
+    with tifffile.TiffWriter(tmp_path / "b.tif") as tiff:
+        for _ in range(2):
+            tiff.write(synthetic_stain, metadata=None, description=text)
+    with pytest.raises(data.DataError, match="2 of its pages are named 'DAPI'.*0, 1"):
+        data.read_image(tmp_path / "b.tif")
+    assert data.read_image(tmp_path / "b.tif", ("1",))[0].shape == (1, 8, 8)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+def test_a_run_ends_with_its_curves(finished, cross_validated, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for folder in (finished[0], cross_validated[0] / "fold1"):
+        with Image.open(folder / "curves.png") as picture:
+            assert picture.width > 2 * picture.height > 400
+    history = [{"epoch": e, "train_loss": 1 / e, "val_loss": 1 / e, "val_iou": 0.1 * e, "lr": 0.1} for e in (1, 2)]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in pictures.save_curves(history, tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+def test_several_runs_are_compared_in_one_table(run, tiny, script, tmp_path, monkeypatch):
+    config = json.loads((run / "config.json").read_text())
+    ious = {}
+    for name, changes, iou in (("a", {"seed": 1}, 0.8), ("b", {"seed": 2, "out": "b", "workers": 3}, 0.6),
+                               ("c", {"app": "none", "seed": 1}, 0.9), ("no_run", None, 0)):
+        (tmp_path / name).mkdir()
+        if changes:
+            (tmp_path / name / "best.pt").write_bytes((run / "best.pt").read_bytes())
+            (tmp_path / name / "config.json").write_text(json.dumps({**config, **changes, "data": str(tiny)}))
+            ious[name] = iou
+    order, whole = iter(ious.values()), dedl.segmentation_scores
+    monkeypatch.setattr(dedl, "segmentation_scores", lambda counts: {**whole(counts), "iou": next(order)})
+    status, out, err = script(test, *(tmp_path / name for name in ("a", "b", "c", "no_run")))
+    assert status == 2 and err.startswith("error: 1 of 4 runs cannot be measured") and "no_run" in err
+    header, first, second = out.strip().splitlines()[-3:]
+    assert header.split()[0] == "IoU" and first.split()[0] == "0.9000" and f"--app none ({tmp_path / 'c'})" in first
+    assert second.split()[:3] == ["0.7000", "±", "0.1414"] and "--app conv (seeds 1, 2)" in second
+    assert all((tmp_path / name / "test.json").is_file() for name in ious)
+
+
+def test_classifications_are_compared_too(cross_validated, script):
+    status, out, err = script(test, cross_validated[0], cross_validated[0])
+    assert status == 0 and "micro F1" in out and "the same for all (seeds 77, 77)" in out, err
