@@ -5,6 +5,7 @@
     python test.py RUN --tta                   the mean prediction over flips (and, to segment, turns)
     python test.py RUN --save-masks DIR        segmentation: the predicted masks too, one PNG an image
     python test.py RUN --images PATH ...       classification: pictures without truth, into RUN/predictions.csv
+    python test.py RUN --export FILE           its network as FILE.pt2 or FILE.onnx, to be used without this project
 
 Each run's folder gets test.json (the printed numbers) and test.png: of a segmentation the best, median and worst image
 with contours, of a classification images with their true labels and those found. Whole images are measured: predicted
@@ -20,6 +21,7 @@ from PIL import Image
 
 import data
 import dedl
+import export
 import models
 import pictures
 import process
@@ -37,6 +39,8 @@ def main(argv=None):
         raise runs.RunError("--save-masks: takes one run, else their masks would overwrite each other")
     if args.images and (args.data or args.save_masks or len(folders) > 1):
         raise runs.RunError("--images: takes pictures in place of a data folder, and one run; leave the others out")
+    if args.export and (args.images or args.data or args.save_masks or args.tta or len(folders) > 1):
+        raise runs.RunError("--export: takes one run, and no --images, --data, --save-masks or --tta beside it")
     compute = runs.choose_compute(args.device, args.amp)
     for run in folders:
         config = runs.read_config(run)
@@ -44,7 +48,9 @@ def main(argv=None):
             raise runs.RunError(f"--images: {run} is a segmentation; only classifications can do that so far")
         if config["task"] == "cls" and args.save_masks:
             raise runs.RunError(f"--save-masks: {run} is a classification; it has no masks")
-        if args.images:
+        if args.export:
+            export.export_run(run, config, args.export)
+        elif args.images:
             predict_labels(run, config, compute, args)
         elif config["task"] == "seg":
             test_segmentation(run, config, compute, args)
@@ -60,6 +66,7 @@ def parse_args(argv):
     add("--split", choices=data.SPLITS, default="test", help="[test]")
     add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255")
     add("--images", nargs="+", metavar="PATH", help="predict these pictures, or those in these folders")
+    add("--export", type=Path, metavar="FILE", help="write the network to FILE.pt2 (torch.export) or FILE.onnx")
     add("--tta", action="store_true", help="average over flips and turns of each image: eight times slower to segment, "
         "four times to classify (flips alone)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
