@@ -8,7 +8,9 @@ classification: image (N, 3, S, S) -> logits (N, classes), any N; of several fol
 
 The file is read again, and kept only if its logits are those of the project's own network.
 """
+import contextlib
 import importlib.util
+import io
 import logging
 import warnings
 
@@ -73,9 +75,8 @@ def check_file(file):
 def export_run(run, config, file):
     """Writes the network of a run, or of all folds in its folder, and says what it takes. Raises RunError."""
     check_file(file)
-    cpu = runs.Compute(torch.device("cpu"), None)
     if config["task"] == "seg":
-        own = models.for_inference(runs.load_best(run, models.build_segmenter, cpu, config))
+        own = best(run, models.build_segmenter, config)
         channels, step, network = config["setting"]["in_channels"], 2 ** own.depth, AnySize(own)
         free = {0: Dim("batch", min=1), 2: Dim("height", min=16), 3: Dim("width", min=16)}
         example, others = (2, channels, 3 * step - 3, 5 * step - 5), [(1, channels, 16, 16), (3, channels, 37, 53)]
@@ -86,8 +87,7 @@ def export_run(run, config, file):
         gives = "(N, 2, H, W), background and nucleus; softmax over axis 1 gives probabilities"
     else:
         folders, size = runs.fold_folders(run), config["image_size"]
-        network = own = Ensemble([models.for_inference(runs.load_best(folder, models.build_classifier, cpu, config))
-                                  for folder in folders.values()])
+        network = own = Ensemble([best(folder, models.build_classifier, config) for folder in folders.values()])
         free, example, others = {0: Dim("batch", min=1)}, (2, 3, size, size), [(1, 3, size, size), (3, 3, size, size)]
         what = f"model {config['model']}"
         takes = f"(N, 3, {size}, {size}), RGB in [0, 1]; pictures are stretched to this size, " \
@@ -101,13 +101,19 @@ def export_run(run, config, file):
           f"by {difference:.1e} at most")
 
 
+def best(folder, build, config):
+    """The network that the best.pt of a run or a fold holds, on the CPU in float32, its BatchNorms folded. Raises
+    RunError."""
+    model = runs.load_best(folder, build, runs.Compute(torch.device("cpu"), None), config)
+    # channels_last weights would make the exporter ask which sizes are 1
+    return models.for_inference(model).to(memory_format=torch.contiguous_format)
+
+
 @torch.no_grad()
 def write(network, own, example, free, others, file, what):
     """Exports `network` with free sizes {axis: Dim} and compares it with `own` on random images of the `others` shapes:
     the largest difference of the logits, None where it cannot be run here. Raises RunError; then no file is written."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about its own code
+    with quiet():
         try:
             program = torch.export.export(network.eval(), (example,), dynamic_shapes=(free,), strict=False)
             if file.suffix == ".onnx":
@@ -133,6 +139,20 @@ def write(network, own, example, free, others, file, what):
                     raise runs.RunError(f"--export {file}: not written, for its logits differ from the run's by "
                                         f"{worst:.1e} on an image of {' x '.join(map(str, shape))}")
     return worst
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keeps the exporters' own words back, hundreds of lines where they fail; what is raised says enough."""
+    said = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def load(name, suffix):
