@@ -43,8 +43,8 @@ class SCSE(nn.Module):
         return _Gate.apply(*self.weights(), kernel, bias, *maps)
 
     def plain(self, *maps):
-        """The result (N, C, H, W) in the words of the paper (eq. 2 to 6)."""
-        height, width = max(m.shape[2] for m in maps), max(m.shape[3] for m in maps)
+        """The result (N, C, H, W) in the words of the paper (eq. 2 to 6). The last map is one of full size."""
+        height, width = maps[-1].shape[2:]
         v = torch.cat([m if m.shape[2] == height else
                        m[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(*m.shape[:2], height, width)
                        for m in maps], 1)

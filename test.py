@@ -5,6 +5,7 @@
     python test.py RUN --tta                   the mean prediction over flips (and, to segment, turns)
     python test.py RUN --save-masks DIR        segmentation: the predicted masks too, one PNG an image
     python test.py RUN --images "new/*.tif"    images without truth: RUN/predictions.csv, to segment with masks
+    python test.py RUN --export FILE           its network as FILE.pt2 or FILE.onnx, to be used without this project
 
 Each run's folder gets test.json (the printed numbers) and test.png: of a segmentation the best, median and worst image
 with contours, of a classification images with their true labels and those found. Whole images are measured, of any
@@ -22,6 +23,7 @@ from PIL import Image
 import comparison
 import data
 import dedl
+import export
 import models
 import pictures
 import prediction
@@ -36,11 +38,13 @@ def main(argv=None):
         if (Path(path) / "config.json").is_file():
             raise runs.RunError(f"--images {path}: is the folder of a run; name runs before --images")
     folders = args.runs or [runs.newest_run("best.pt")]
-    for flag, folder in (("--save-masks", args.save_masks), ("--save-probabilities", args.save_probabilities)):
-        if folder and len(folders) > 1:
-            raise runs.RunError(f"{flag}: takes one run, else their files would overwrite each other")
-    if args.images and (args.data or len(folders) > 1):
-        raise runs.RunError("--images: takes pictures in place of a data folder, and one run; leave the others out")
+    for flag in ("save_masks", "save_probabilities", "images", "export"):
+        if getattr(args, flag) and len(folders) > 1:
+            raise runs.RunError(f"--{flag.replace('_', '-')}: takes one run; name one")
+    if args.images and args.data:
+        raise runs.RunError("--images: takes pictures in place of a data folder; leave --data out")
+    if args.export and (args.images or args.data or args.save_masks or args.save_probabilities or args.tta):
+        raise runs.RunError("--export: writes the network alone; leave --images, --data, --save-... and --tta out")
     compute = runs.choose_compute(args.device, args.amp)
     measured, failed = [], []
     for run in folders:
@@ -59,7 +63,10 @@ def main(argv=None):
 
 
 def test(run, config, compute, args, brief):
-    """Measures a run, or predicts new images by it. Returns its scores; prints them, in one line if `brief`."""
+    """Measures a run, predicts new images by it, or exports it. Returns its scores; prints them, in one line if
+    `brief`."""
+    if args.export:
+        return export.export_run(run, config, args.export)
     for flag in ("save_masks", "save_probabilities", "channel"):
         if config["task"] == "cls" and getattr(args, flag):
             raise runs.RunError(f"--{flag.replace('_', '-')}: {run} is a classification; it has no masks")
@@ -83,6 +90,7 @@ def parse_args(argv):
     add("--save-probabilities", type=Path, metavar="DIR", help="write the nucleus probability there, <image stem>.png, "
         "16 bits: 0 to 65535")
     add("--channel", help="pages of multi-page TIFFs, where they are named otherwise than in training [the run's]")
+    add("--export", type=Path, metavar="FILE", help="write the network to FILE.pt2 (torch.export) or FILE.onnx")
     add("--tta", action="store_true", help="average over flips and turns of each image: eight times slower to segment, "
         "four times to classify (flips alone)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")

@@ -172,7 +172,7 @@ BAD = [
     ("test", ["{cls}", "--channel", "DAPI"], None, "is a classification; it has no masks"),
     ("test", ["{seg}", "{seg}", "--save-masks", "{tmp}/masks"], None, "takes one run"),
     ("test", ["{cls}", "--save-masks", "{tmp}/masks"], None, "is a classification; it has no masks"),
-    ("test", ["{cls}", "--images", "{coloured}", "--data", "{coloured}"], None, "leave the others out"),
+    ("test", ["{cls}", "--images", "{coloured}", "--data", "{coloured}"], None, "leave --data out"),
     ("test", ["--images", "{coloured}", "{cls}"], None, "is the folder of a run; name runs before --images"),
     ("test", ["{cls}", "--images", "{tmp}/nothing"], None, "names no image file"),
     ("data", ["check", "{tmp}/nowhere"], None, "no such folder"),
