@@ -117,9 +117,9 @@ class Segmenter(nn.Module):
     Sizes that the encoder's strides do not divide are padded by repeating the border, and the logits cropped back.
     """
 
-    def __init__(self, encoder, decoder, head_channels, classes, depth):
+    def __init__(self, encoder, decoder, in_channels, head_channels, classes, depth):
         super().__init__()
-        self.encoder, self.decoder, self.depth = encoder, decoder, depth
+        self.encoder, self.decoder, self.in_channels, self.depth = encoder, decoder, in_channels, depth
         self.head = nn.Conv2d(head_channels, classes, 3, padding=1)
 
     def forward(self, image):
@@ -147,8 +147,8 @@ def build_segmenter(arch="unet", encoder="resnet18", in_channels=1, classes=2, d
     if len(decoder_channels) != depth:
         raise ModelError(f"depth {depth} needs {depth} decoder channels, got {tuple(decoder_channels)}")
     encoder, used = create_encoder(encoder, in_channels, depth, weights)
-    decoder = DECODERS[arch](encoder.feature_info.channels(), tuple(decoder_channels))
-    model = Segmenter(encoder, decoder, decoder_channels[-1], classes, depth)
+    decoder = DECODERS[arch](encoder.channels, tuple(decoder_channels))
+    model = Segmenter(encoder, decoder, in_channels, decoder_channels[-1], classes, depth)
     for module in model.decoder.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
@@ -179,7 +179,7 @@ def for_inference(model):
             if isinstance(block, (DecoderBlock, LastBlock)):
                 for layers in (block.conv1, block.conv2):
                     layers[0], layers[1] = fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()
-        model.encoder = _folded(model.encoder, next(model.encoder.parameters()).shape[1], 64)
+        model.encoder = _folded(model.encoder, model.in_channels, 64)
     elif isinstance(model, Classifier):
         model.network = _folded(model.network, 3, model.image_size)
     return model
