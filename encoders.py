@@ -329,11 +329,16 @@ def _from_file(create, file, names):
         raise ModelError(f"--weights {file}: no such file; give auto, imagenet, none or a file of timm weights")
     try:
         state = timm.models.load_state_dict(os.fspath(file), weights_only=True)
-        if not any(name in state for name in names):
+        if not {_plain(name) for name in names} & {_plain(name) for name in state}:
             raise ValueError("none of its names is one of the network's")
         return create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
     except Exception as error:  # unpickling, safetensors and shape errors have no common kind
         raise ModelError(f"--weights {file}: not weights for this network ({one_line(error)})") from error
+
+
+def _plain(name):
+    """A weight's name, whether timm's feature extractors changed it or not: model.a or body.a for a, a_0 for a.0."""
+    return name.removeprefix("model.").removeprefix("body.").replace("_", ".")
 
 
 def one_line(error):

@@ -134,8 +134,9 @@ def build_segmenter(arch="unet", encoder="resnet18", in_channels=1, classes=2, d
                     decoder_channels=(256, 128, 64), weights="none"):
     """A segmentation network: float (N, in_channels, H, W) -> logits (N, classes, H, W), any H and W from 16 up.
 
-    arch: "unet" or "unetpp". encoder: a timm model that gives maps at strides 2, 4, 8, ...
-    depth: how many of these maps are used, coarsest stride 2**depth; the stages past it are not built.
+    arch: "unet" or "unetpp". encoder: any timm model that gives feature maps; where they are not
+    of strides 2, 4, 8, ... they are brought to them (encoders.Pyramid).
+    depth: 2 to 5, how many maps are used, coarsest stride 2**depth; stages past it are left out where timm lets them.
     decoder_channels: channels of the decoder's outputs from coarse to fine, one per depth.
     weights: "none" (random), "imagenet" (timm's pretrained ones, an error if they can't be had), "auto" (the same, but
     random ones if they can't be had within DOWNLOAD_SECONDS), or a file with the encoder's weights (timm's format).
@@ -144,6 +145,8 @@ def build_segmenter(arch="unet", encoder="resnet18", in_channels=1, classes=2, d
     """
     if arch not in DECODERS:
         raise ModelError(f"arch {arch!r} is not known; choose one of {', '.join(DECODERS)}")
+    if depth not in range(2, 6):
+        raise ModelError(f"depth {depth} is not possible; choose 2, 3, 4 or 5")
     if len(decoder_channels) != depth:
         raise ModelError(f"depth {depth} needs {depth} decoder channels, got {tuple(decoder_channels)}")
     encoder, used = create_encoder(encoder, in_channels, depth, weights)
