@@ -1,18 +1,27 @@
 """timm's encoders, and where a network's first weights come from."""
 import difflib
+import functools
 import logging
+import math
 import os
 import socket
 import threading
 import urllib.parse
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub.constants as hub  # comes with timm
 import timm
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 DOWNLOAD_SECONDS = 10  # how long weights="auto" waits for ImageNet weights
+STEM_WIDTH = 32  # channels of level 2 where an encoder begins later
+LEVEL_WIDTHS = (64, 64, 128, 256, 512)  # of maps brought to another level, at most; from fine to coarse, resnet18's
+FREE_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})  # what frees timm's models of one input size
+SIZES = (64, 112, 224, 256, 384, 448)  # sides to try: multiples of common strides and windows
 logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of every weight that features_only leaves out
 
 
@@ -21,26 +30,240 @@ class ModelError(ValueError):
 
 
 def create_encoder(name, in_channels, depth, weights):
-    """timm's feature extractor for `name`, cut behind stage `depth`, and which weights it got."""
+    """An encoder of any timm model, and which weights it got.
+
+    It gives of an image (N, in_channels, H, W) the maps (N, channels[i], H / 2**(i+1), W / 2**(i+1)), i < depth, for H
+    and W from 16 up that 2**depth divides. It is timm's own module where that does so by itself, or a Pyramid.
+    """
     check_name("encoder", name)
 
-    def create(**pretrained):
-        return timm.create_model(name, features_only=True, in_chans=in_channels, out_indices=tuple(range(depth)),
-                                 **pretrained)
+    def create(**settings):
+        return timm.create_model(name, features_only=True, **settings)
 
-    try:
-        encoder = create()
-        with torch.no_grad():  # what a map's stride is, only the map itself tells: some encoders crop their borders
-            strides = [64 / feature.shape[-1] for feature in encoder.eval()(torch.zeros(1, in_channels, 64, 64))]
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"encoder {name!r} gives no {depth} feature maps ({one_line(error)})") from error
-    if strides != [2 ** (i + 1) for i in range(depth)]:
-        raise ModelError(f"encoder {name!r} gives maps at strides {', '.join(f'{s:.3g}' for s in strides)}; "
-                         f"it must give 2, 4, 8, ..., as resnets and efficientnets do")
-    encoder, used = with_weights(encoder.train(), create, name, weights)
+    plan, settings = None, {"in_chans": in_channels, "out_indices": tuple(range(depth))}
+    if not _is_pyramid(create, settings, depth):
+        plan = _plan(create, name, in_channels, depth)
+        settings = plan.settings
+    create = functools.partial(create, **settings)
+    encoder, used = with_weights(create(), create, name, weights)
     if hasattr(encoder, "_stage_out_idx"):  # timm's EfficientNetFeatures keeps, and runs, all stages: drop the unused
         encoder.blocks = encoder.blocks[:max(encoder._stage_out_idx)]
+    if plan:
+        return Pyramid(encoder, in_channels, plan), used
+    encoder.channels = encoder.feature_info.channels()
     return encoder, used
+
+
+@dataclass
+class Plan:
+    """How to get a pyramid of a timm network."""
+    settings: dict  # what timm is to be told beside the model's name
+    strides: list   # of the network's maps: pixels a cell
+    channels: list  # of these maps
+    levels: list    # from fine to coarse which map each is made of; None: of the image itself
+    multiple: int   # of which the sides of the network's input are to be...
+    minimum: int    # ...and the least that they may be
+    window: int     # the one size of input that the network takes, or 0
+
+
+class Pyramid(nn.Module):
+    """A timm network whose maps are brought to the strides 2, 4, ..., 2**depth that the decoders climb.
+
+    Its input is padded by repeating the border, or cut into windows if it takes one size only. A level whose stride the
+    network has gets that map. Level 2 of a network that begins later is a small convolution of the image. Other levels
+    get a map of the nearest stride, projected to few channels first and resampled then; where many maps share a stride,
+    as a plain transformer's do, early ones serve fine levels.
+
+    forward: (N, in_channels, H, W), H and W multiples of 2**depth -> maps (N, channels[i], H / 2**(i+1), W / 2**(i+1))
+    """
+
+    def __init__(self, network, in_channels, plan):
+        super().__init__()
+        self.network, self.plan = network, plan
+        self.colours = None
+        if plan.settings["in_chans"] != in_channels:  # the network takes RGB only; at first it gets what is grey
+            self.colours = nn.Conv2d(in_channels, plan.settings["in_chans"], 1, bias=False)
+            nn.init.constant_(self.colours.weight, 1 / in_channels)
+        self.stem, self.layers, self.channels = None, nn.ModuleList(), []
+        for i, k in enumerate(plan.levels):
+            if k is None:
+                self.stem = _conv_bn_relu(in_channels, STEM_WIDTH, 3, stride=2)
+                self.channels.append(STEM_WIDTH)
+                continue
+            used = sum(j is not None and plan.strides[j] == plan.strides[k] for j in plan.levels)
+            own = used == 1 and plan.strides[k] == 2 ** (i + 1)
+            self.channels.append(plan.channels[k] if own else min(plan.channels[k], LEVEL_WIDTHS[i]))
+            self.layers.append(nn.Identity() if own else _conv_bn_relu(plan.channels[k], self.channels[-1], 1))
+
+    def forward(self, image):
+        height, width = image.shape[-2:]
+        window, multiple, least = self.plan.window, self.plan.multiple, self.plan.minimum
+        if window:
+            maps = self._of_windows(image, window, window - window % 2 ** len(self.channels))
+        else:
+            sides = [max(side + -side % multiple, least) for side in (height, width)]
+            maps = self._of_one(_pad(image, *sides), height, width)
+        return maps if self.stem is None else [self.stem(image), *maps]
+
+    def _of_one(self, padded, height, width):
+        """The levels of an image of this height and width, which is padded right and below, but for the stem's."""
+        maps, levels = _maps(self.network, self.colours(padded) if self.colours else padded), []
+        first = len(self.channels) - len(self.layers)
+        for i, layer in enumerate(self.layers, first):
+            stride, x = self.plan.strides[self.plan.levels[i]], layer(maps[self.plan.levels[i]])
+            # convolutions that do not pad lose cells on all sides: there the border is repeated
+            down, right = (round(side / stride) - cells for side, cells in zip(padded.shape[2:], x.shape[2:]))
+            if down or right:
+                x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2), mode="replicate")
+            levels.append(_resampled(x, stride / 2 ** (i + 1))[..., :height >> i + 1, :width >> i + 1])
+        return levels
+
+    def _of_windows(self, image, size, step):
+        """The same from windows of `size` pixels, of which each gives the maps of its first `step` pixels."""
+        height, width = image.shape[-2:]
+        rows, columns = -(-height // step), -(-width // step)
+        windows = _pad(image, (rows - 1) * step + size, (columns - 1) * step + size)
+        windows = windows.unfold(2, size, step).unfold(3, size, step)           # (N, C, rows, columns, size, size)
+        windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)               # (N * rows * columns, C, size, size)
+        levels = []
+        for x in self._of_one(windows, step, step):
+            stride = step // x.shape[2]
+            x = x.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5)   # (N, C_i, rows, h, columns, w)
+            levels.append(x.flatten(4).flatten(2, 3)[..., :height // stride, :width // stride])
+        return levels
+
+
+def _conv_bn_relu(in_channels, out_channels, size, stride=1):
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False),
+                         nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+
+def _pad(image, height, width):
+    down, right = height - image.shape[-2], width - image.shape[-1]
+    return F.pad(image, (0, right, 0, down), mode="replicate") if down or right else image
+
+
+def _resampled(x, factor):
+    if factor == 1:
+        return x
+    if (1 / factor).is_integer():
+        return F.avg_pool2d(x, int(1 / factor))
+    return F.interpolate(x, scale_factor=factor * (1 + 1e-9), mode="bilinear")  # sizes are rounded down
+
+
+def _maps(network, image):
+    """The maps (N, C, H, W) of timm's feature extractors; some give (N, H, W, C)."""
+    maps = network(image)
+    return [x.permute(0, 3, 1, 2) for x in maps] if getattr(network, "output_fmt", "") == "NHWC" else maps
+
+
+def _maps(network, image):
+    maps = network(image)
+    return [x.permute(0, 3, 1, 2) for x in maps] if getattr(network, "output_fmt", "") == "NHWC" else maps
+
+
+def _is_pyramid(create, settings, depth):
+    """Whether the network gives the maps wanted by itself, of images of any size."""
+    strides, least = [2 ** (i + 1) for i in range(depth)], max(16, 2 ** depth)
+    with torch.random.fork_rng([]), torch.device("meta"):
+        try:
+            network = create(**settings).eval()
+        except Exception:  # each of timm's models has its own kind
+            return False
+        return (network.feature_info.reduction() == strides and getattr(network, "output_fmt", "") != "NHWC"
+                and _strides(network, settings, 2 ** depth, least // 2 ** depth) == strides
+                and [h for _, h, _ in _shapes(network, settings, least, least)] == [least // s for s in strides])
+
+
+def _plan(create, name, in_channels, depth):
+    """The Plan for the networks that `create` makes. What they take and give, only trying tells: on the meta device,
+    that is without computing, or where a network needs to, on the CPU. No random numbers are used up."""
+    failed = None
+    for device in ("meta", "cpu"):
+        for channels in dict.fromkeys((in_channels, 3)):
+            for settings, own_size in (*((free, False) for free in FREE_SIZE), ({}, True)):
+                with torch.random.fork_rng([]), torch.device(device):
+                    try:
+                        plan = _plan_with(create, {"in_chans": channels, **settings}, depth, own_size)
+                    except Exception as error:
+                        failed = failed or (None if settings else error)  # not that a setting is unknown
+                        continue
+                if plan:
+                    return plan
+    raise ModelError(f"encoder {name!r} gives no feature maps ({one_line(failed)}); take another timm model")
+
+
+def _plan_with(create, settings, depth, own_size):
+    """The Plan for networks with these settings: None if they don't take images of any size, but for `own_size`."""
+    usual = create(**settings)
+    own, indices = usual.pretrained_cfg["input_size"][-1], tuple(range(len(usual.feature_info)))
+    try:
+        network = create(**settings, out_indices=indices).eval()
+    except AssertionError:  # not all maps that are listed can be had
+        indices = usual.feature_info.out_indices
+        network = create(**settings, out_indices=indices).eval()
+
+    # 1. which maps there are, and which of them the levels need
+    if own_size:
+        size, strides = own, [own / h for _, h, _ in _shapes(network, settings, own, own)]
+    else:
+        tries = ((size, _strides(network, settings, size)) for size in (*SIZES, own))
+        size, strides = next((found for found in tries if found[1]), (0, None))
+        if not size:
+            return None
+    levels = _levels(strides, depth)
+    used = sorted({k for k in levels if k is not None})
+    settings = {**settings, "out_indices": tuple(indices[k] for k in used)}
+    strides, levels = [strides[k] for k in used], [None if k is None else used.index(k) for k in levels]
+
+    # 2. which sizes give these; without its last stages the network may take more
+    network, least = create(**settings).eval(), 1
+    if own_size:
+        multiple = size
+    else:
+        coarsest = math.lcm(*strides)
+        multiple, least = next((multiple, times * multiple) for multiple in range(coarsest, size + 1, coarsest)
+                               if size % multiple == 0 for times in (1, 2, 4, 8, 16) if times * multiple <= size
+                               and _strides(network, settings, multiple, times) == strides)
+    channels = [c for c, _, _ in _shapes(network, settings, max(multiple, least), max(multiple, least))]
+    return Plan(settings, strides, channels, levels, multiple, least, own if own_size else 0)
+
+
+def _strides(network, settings, multiple, times=1):
+    """The maps' strides, if the network takes sides of `times` this multiple and of more; else None."""
+    def sizes(rows, columns):
+        return [shape[1:] for shape in _shapes(network, settings, rows * multiple, columns * multiple)]
+
+    try:
+        near = sizes(times, times + 1)
+        steps = [width - height for height, width in near]  # cells in a multiple, whatever is lost at the borders
+        if min(steps) < 1 or any(multiple % step for step in steps):
+            return None
+        far = [(height + 4 * times * step, height) for (height, _), step in zip(near, steps)]
+        return [multiple // step for step in steps] if sizes(5 * times, times) == far else None
+    except Exception:
+        return None
+
+
+@torch.no_grad()
+def _shapes(network, settings, height, width):
+    """(C, h, w) of the maps of an image of this size."""
+    return [tuple(x.shape[1:]) for x in _maps(network, torch.zeros(1, settings["in_chans"], height, width))]
+
+
+def _levels(strides, depth):
+    """For each level which of the maps with these strides it is made of, None: of the image.
+
+    Levels that are nearest to the same stride share its maps evenly, the last level gets the last."""
+    nearest = [min(strides, key=lambda stride: abs(math.log2(stride) - level)) for level in range(1, depth + 1)]
+    if nearest[0] >= 4:
+        nearest[0] = None
+    levels = []
+    for level, stride in enumerate(nearest):
+        maps = [k for k, other in enumerate(strides) if other == stride]
+        before, users = nearest[:level].count(stride) + 1, nearest.count(stride)
+        levels.append(maps[-(-before * len(maps) // users) - 1] if stride else None)
+    return levels
 
 
 def check_name(what, name):
@@ -106,11 +329,16 @@ def _from_file(create, file, names):
         raise ModelError(f"--weights {file}: no such file; give auto, imagenet, none or a file of timm weights")
     try:
         state = timm.models.load_state_dict(os.fspath(file), weights_only=True)
-        if not any(name in state for name in names):
+        if not {_plain(name) for name in names} & {_plain(name) for name in state}:
             raise ValueError("none of its names is one of the network's")
         return create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
     except Exception as error:  # unpickling, safetensors and shape errors have no common kind
         raise ModelError(f"--weights {file}: not weights for this network ({one_line(error)})") from error
+
+
+def _plain(name):
+    """A weight's name, whether timm's feature extractors changed it or not: model.a or body.a for a, a_0 for a.0."""
+    return name.removeprefix("model.").removeprefix("body.").replace("_", ".")
 
 
 def one_line(error):

@@ -117,9 +117,9 @@ class Segmenter(nn.Module):
     Sizes that the encoder's strides do not divide are padded by repeating the border, and the logits cropped back.
     """
 
-    def __init__(self, encoder, decoder, head_channels, classes, depth):
+    def __init__(self, encoder, decoder, in_channels, head_channels, classes, depth):
         super().__init__()
-        self.encoder, self.decoder, self.depth = encoder, decoder, depth
+        self.encoder, self.decoder, self.in_channels, self.depth = encoder, decoder, in_channels, depth
         self.head = nn.Conv2d(head_channels, classes, 3, padding=1)
 
     def forward(self, image):
@@ -134,8 +134,9 @@ def build_segmenter(arch="unet", encoder="resnet18", in_channels=1, classes=2, d
                     decoder_channels=(256, 128, 64), weights="none"):
     """A segmentation network: float (N, in_channels, H, W) -> logits (N, classes, H, W), any H and W from 16 up.
 
-    arch: "unet" or "unetpp". encoder: a timm model that gives maps at strides 2, 4, 8, ...
-    depth: how many of these maps are used, coarsest stride 2**depth; the stages past it are not built.
+    arch: "unet" or "unetpp". encoder: any timm model that gives feature maps; where they are not
+    of strides 2, 4, 8, ... they are brought to them (encoders.Pyramid).
+    depth: 2 to 5, how many maps are used, coarsest stride 2**depth; stages past it are left out where timm lets them.
     decoder_channels: channels of the decoder's outputs from coarse to fine, one per depth.
     weights: "none" (random), "imagenet" (timm's pretrained ones, an error if they can't be had), "auto" (the same, but
     random ones if they can't be had within DOWNLOAD_SECONDS), or a file with the encoder's weights (timm's format).
@@ -144,11 +145,13 @@ def build_segmenter(arch="unet", encoder="resnet18", in_channels=1, classes=2, d
     """
     if arch not in DECODERS:
         raise ModelError(f"arch {arch!r} is not known; choose one of {', '.join(DECODERS)}")
+    if depth not in range(2, 6):
+        raise ModelError(f"depth {depth} is not possible; choose 2, 3, 4 or 5")
     if len(decoder_channels) != depth:
         raise ModelError(f"depth {depth} needs {depth} decoder channels, got {tuple(decoder_channels)}")
     encoder, used = create_encoder(encoder, in_channels, depth, weights)
-    decoder = DECODERS[arch](encoder.feature_info.channels(), tuple(decoder_channels))
-    model = Segmenter(encoder, decoder, decoder_channels[-1], classes, depth)
+    decoder = DECODERS[arch](encoder.channels, tuple(decoder_channels))
+    model = Segmenter(encoder, decoder, in_channels, decoder_channels[-1], classes, depth)
     for module in model.decoder.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
@@ -179,7 +182,7 @@ def for_inference(model):
             if isinstance(block, (DecoderBlock, LastBlock)):
                 for layers in (block.conv1, block.conv2):
                     layers[0], layers[1] = fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()
-        model.encoder = _folded(model.encoder, next(model.encoder.parameters()).shape[1], 64)
+        model.encoder = _folded(model.encoder, model.in_channels, 64)
     elif isinstance(model, Classifier):
         model.network = _folded(model.network, 3, model.image_size)
     return model

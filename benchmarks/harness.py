@@ -1,5 +1,6 @@
 """What the benchmarks share: both sides of a comparison in one process, timed in turn, medians, Markdown tables."""
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -89,8 +90,8 @@ def ratio(seconds, slow, fast):
 
 
 def table(header, rows):
-    """Prints a Markdown table."""
-    for row in (header, ["---"] * len(header), *rows):
+    """Prints a Markdown table, each row when it comes."""
+    for row in itertools.chain((header, ["---"] * len(header)), rows):
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
     print(flush=True)
 

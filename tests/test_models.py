@@ -105,6 +105,95 @@ def test_for_inference_folds_and_changes_nothing(encoder):
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+# strides from 4; (N, H, W, C); all 16; all 14; one size of input only; and strides from 1; multiples of a window;
+# three colours only and strides from 8; convolutions without padding
+OTHER_ENCODERS = ["test_convnext", "test_mambaout", "test_vit", "test_vit2", "levit_128s",
+                  *(pytest.param(name, marks=pytest.mark.slow)
+                    for name in ("dla46x_c", "test_maxvit", "csatv2", "inception_v3"))]
+
+
+@pytest.fixture
+def patches_of_14(monkeypatch):
+    """timm's test_vit2 gets patches of 14 pixels, as larger ones of its transformers have."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **settings: create(
+        name, **settings, **({"patch_size": 14} if name == "test_vit2" else {})))
+
+
+@pytest.mark.parametrize("encoder", OTHER_ENCODERS)
+def test_encoders_of_all_kinds(encoder, patches_of_14):
+    torch.manual_seed(0)
+    depth, channels = {"test_mambaout": (2, 1), "test_convnext": (5, 5), "test_vit": (4, 3)}.get(encoder, (3, 1))
+    model = models.build_segmenter(["unetpp", "unet"][depth % 2], encoder, channels, depth=depth,
+                                   decoder_channels=(32, 16, 8, 8, 8)[:depth])
+    image, sides = torch.rand(2, channels, 64, 64), [2 ** (i + 1) for i in range(depth)]
+    shapes = [tuple(level.shape) for level in model.encoder(image)]
+    assert shapes == [(2, c, 64 // s, 64 // s) for c, s in zip(model.encoder.channels, sides)]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(image)
+    logits.float().square().mean().backward()
+    for part in (model.encoder, model.decoder):
+        gradients = [p.grad for p in part.parameters() if p.grad is not None]
+        assert gradients and all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
+
+    randomise_batchnorm(model)
+    fast = models.for_inference(model)
+    with torch.no_grad():
+        for size in ((16, 16), (33, 50)):
+            image = torch.rand(1, channels, *size)
+            logits = model.eval()(image)
+            assert logits.shape == (1, 2, *size) and logits.isfinite().all()
+            assert (fast(image) - logits).abs().max() <= 1e-4 * logits.abs().max()
+
+
+@pytest.mark.parametrize("encoder", ["test_convnext", "test_vit2", "levit_128s", "inception_v3"])
+def test_maps_are_where_the_image_is(encoder, patches_of_14):
+    """What a square in the image changes lies around it in the maps: its centre of mass is where the square is."""
+    torch.manual_seed(0)
+    model = models.build_segmenter(encoder=encoder, depth=3, decoder_channels=(8, 8, 8)).eval()
+    plain = torch.zeros(1, 1, 256, 256)
+    for top, left in ((32, 160), (160, 64)):
+        image = plain.clone()
+        image[..., top:top + 32, left:left + 32] = 1
+        with torch.no_grad():
+            for level, other in zip(model.encoder(image), model.encoder(plain)):
+                change = (level - other).square().sum((0, 1))
+                cells = (torch.arange(len(change)) + 0.5) * 256 / len(change)
+                for side, start in ((1, top), (0, left)):
+                    centre = (change.sum(side) * cells).sum() / change.sum()
+                    assert abs(centre - start - 16) < 24, (tuple(level.shape), centre, start + 16)
+
+
+def test_windows_are_put_together_again():
+    model = models.build_segmenter(encoder="levit_128s", depth=3).eval()
+    image = torch.rand(2, 1, 232, 448)
+    with torch.no_grad():
+        whole, corner = model.encoder(image), model.encoder(image[:, :, :224, 224:])
+    assert [tuple(level.shape[2:]) for level in whole] == [(116, 224), (58, 112), (29, 56)]
+    for level, part in zip(whole[1:], corner[1:]):  # the first is a convolution of the image
+        torch.testing.assert_close(level[:, :, :part.shape[2], -part.shape[3]:], part)
+
+
+def test_encoder_of_no_maps(monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("features_only not implemented")
+    monkeypatch.setattr(timm, "create_model", fails)
+    with pytest.raises(models.ModelError, match="'resnet18' gives no feature maps .features_only not implemented"):
+        models.build_segmenter()
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "test_convnext"])
+def test_finding_out_about_an_encoder_uses_up_no_random_numbers(encoder):
+    torch.manual_seed(0)
+    expected = timm.create_model(encoder, features_only=True, in_chans=1, out_indices=(0, 1, 2))
+    torch.manual_seed(0)
+    network = models.build_segmenter(encoder=encoder).encoder
+    network = getattr(network, "network", network)
+    first = next(iter(expected.state_dict()))
+    torch.testing.assert_close(network.state_dict()[first], expected.state_dict()[first])
+
+
 class UsedTwice(nn.Module):
     """An encoder in which what goes into a BatchNorm is used beside it too: folding would change it."""
 
@@ -170,6 +259,21 @@ def test_weights_from_a_file(tmp_path):
         assert model.weights_used == str(tmp_path / "weights.pth")
 
 
+@pytest.mark.parametrize("encoder", ["test_vit", "test_convnext"])
+def test_weights_from_a_file_for_wrapped_encoders(encoder, tmp_path):
+    whole = timm.create_model(encoder).state_dict()
+    torch.save(whole, tmp_path / "weights.pth")
+    model = models.build_segmenter(encoder=encoder, in_channels=3, weights=tmp_path / "weights.pth")
+    values = {tuple(t.shape): [] for t in whole.values()}
+    for tensor in whole.values():
+        values[tuple(tensor.shape)].append(tensor)
+    for name, tensor in model.encoder.network.named_parameters():  # timm's extractors have names of their own
+        assert any(torch.equal(tensor, other) for other in values[tuple(tensor.shape)]), name
+    torch.save({"a.weight": torch.zeros(3)}, tmp_path / "weights.pth")
+    with pytest.raises(models.ModelError, match="not weights for this network"):
+        models.build_segmenter(encoder=encoder, weights=tmp_path / "weights.pth")
+
+
 class Bomb:
     def __reduce__(self):
         return (print, ("the code in the file ran",))
@@ -201,8 +305,8 @@ def test_without_network_auto_warns_and_imagenet_fails(monkeypatch, tmp_path, ca
 
 @pytest.mark.parametrize("wrong, said", [
     ({"arch": "segnet"}, "unet, unetpp"), ({"encoder": "resnet81"}, "near it: resnet18"),
-    ({"encoder": "convnext_tiny"}, "strides"), ({"encoder": "inception_v3"}, "strides"),
-    ({"encoder": "vit_tiny_patch16_224"}, "vit_tiny"), ({"depth": 4}, "4 decoder channels")])
+    ({"depth": 4}, "4 decoder channels"), ({"depth": 1, "decoder_channels": (64,)}, "depth 1"),
+    ({"depth": 6, "decoder_channels": (64,) * 6}, "depth 6")])
 def test_what_cannot_be_built_is_said(wrong, said):
     with pytest.raises(models.ModelError, match=said):
         models.build_segmenter(**wrong)
