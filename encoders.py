@@ -33,7 +33,8 @@ def create_encoder(name, in_channels, depth, weights):
     """An encoder of any timm model, and which weights it got.
 
     It gives of an image (N, in_channels, H, W) the maps (N, channels[i], H / 2**(i+1), W / 2**(i+1)), i < depth, for H
-    and W from 16 up that 2**depth divides. It is timm's own module where that does so by itself, or a Pyramid.
+    and W that its `multiple`, itself one of 2**depth, divides, from `minimum` up. It is timm's own module where that
+    does so by itself, or a Pyramid.
     """
     check_name("encoder", name)
 
@@ -50,7 +51,7 @@ def create_encoder(name, in_channels, depth, weights):
         encoder.blocks = encoder.blocks[:max(encoder._stage_out_idx)]
     if plan:
         return Pyramid(encoder, in_channels, plan), used
-    encoder.channels = encoder.feature_info.channels()
+    encoder.channels, encoder.multiple, encoder.minimum = encoder.feature_info.channels(), 2 ** depth, 0
     return encoder, used
 
 
@@ -60,6 +61,7 @@ class Plan:
     settings: dict  # what timm is to be told beside the model's name
     strides: list   # of the network's maps: pixels a cell
     channels: list  # of these maps
+    lost: list      # of these maps: cells that convolutions which do not pad have lost on a side's two ends together
     levels: list    # from fine to coarse which map each is made of; None: of the image itself
     multiple: int   # of which the sides of the network's input are to be...
     minimum: int    # ...and the least that they may be
@@ -69,17 +71,20 @@ class Plan:
 class Pyramid(nn.Module):
     """A timm network whose maps are brought to the strides 2, 4, ..., 2**depth that the decoders climb.
 
-    Its input is padded by repeating the border, or cut into windows if it takes one size only. A level whose stride the
-    network has gets that map. Level 2 of a network that begins later is a small convolution of the image. Other levels
-    get a map of the nearest stride, projected to few channels first and resampled then; where many maps share a stride,
-    as a plain transformer's do, early ones serve fine levels.
+    Its input is cut into windows if the network takes one size only. A level whose stride the network has gets that
+    map. Level 2 of a network that begins later is a small convolution of the image. Other levels get a map of the
+    nearest stride, projected to few channels first and resampled then; where many maps share a stride, as a plain
+    transformer's do, early ones serve fine levels.
 
-    forward: (N, in_channels, H, W), H and W multiples of 2**depth -> maps (N, channels[i], H / 2**(i+1), W / 2**(i+1))
+    forward: (N, in_channels, H, W), H and W multiples of `multiple`, not below `minimum`
+             -> maps (N, channels[i], H / 2**(i+1), W / 2**(i+1))
     """
 
     def __init__(self, network, in_channels, plan):
         super().__init__()
         self.network, self.plan = network, plan
+        own = 1 if plan.window else plan.multiple
+        self.multiple, self.minimum = math.lcm(2 ** len(plan.levels), own), 0 if plan.window else plan.minimum
         self.colours = None
         if plan.settings["in_chans"] != in_channels:  # the network takes RGB only; at first it gets what is grey
             self.colours = nn.Conv2d(in_channels, plan.settings["in_chans"], 1, bias=False)
@@ -96,40 +101,40 @@ class Pyramid(nn.Module):
             self.layers.append(nn.Identity() if own else _conv_bn_relu(plan.channels[k], self.channels[-1], 1))
 
     def forward(self, image):
-        height, width = image.shape[-2:]
-        window, multiple, least = self.plan.window, self.plan.multiple, self.plan.minimum
-        if window:
-            maps = self._of_windows(image, window, window - window % 2 ** len(self.channels))
-        else:
-            sides = [max(side + -side % multiple, least) for side in (height, width)]
-            maps = self._of_one(_pad(image, *sides), height, width)
+        window = self.plan.window
+        maps = self._of_windows(image, window - window % 2 ** len(self.channels)) if window else self._of_one(image)
         return maps if self.stem is None else [self.stem(image), *maps]
 
-    def _of_one(self, padded, height, width):
-        """The levels of an image of this height and width, which is padded right and below, but for the stem's."""
-        maps, levels = _maps(self.network, self.colours(padded) if self.colours else padded), []
+    def _of_one(self, image):
+        """The levels of an image, but for the stem's."""
+        maps, levels = _maps(self.network, self.colours(image) if self.colours else image), []
         first = len(self.channels) - len(self.layers)
         for i, layer in enumerate(self.layers, first):
-            stride, x = self.plan.strides[self.plan.levels[i]], layer(maps[self.plan.levels[i]])
-            # convolutions that do not pad lose cells on all sides: there the border is repeated
-            down, right = (round(side / stride) - cells for side, cells in zip(padded.shape[2:], x.shape[2:]))
-            if down or right:
-                x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2), mode="replicate")
-            levels.append(_resampled(x, stride / 2 ** (i + 1))[..., :height >> i + 1, :width >> i + 1])
+            k = self.plan.levels[i]
+            x, factor, lost = layer(maps[k]), self.plan.strides[k] / 2 ** (i + 1), self.plan.lost[k]
+            if lost:
+                x = F.pad(x, (lost // 2, lost - lost // 2) * 2, mode="replicate")
+            if factor < 1 and (1 / factor).is_integer():
+                x = F.avg_pool2d(x, int(1 / factor))
+            elif factor != 1 and self.plan.window:
+                x = F.interpolate(x, scale_factor=factor * (1 + 1e-9), mode="bilinear")  # sizes are rounded down
+            elif factor != 1:
+                x = F.interpolate(x, [side // 2 ** (i + 1) for side in image.shape[2:]], mode="bilinear")
+            levels.append(x)
         return levels
 
-    def _of_windows(self, image, size, step):
-        """The same from windows of `size` pixels, of which each gives the maps of its first `step` pixels."""
-        height, width = image.shape[-2:]
+    def _of_windows(self, image, step):
+        """The same from windows of the network's size, of which each gives the maps of its first `step` pixels."""
+        (height, width), size, depth = image.shape[-2:], self.plan.window, len(self.channels)
         rows, columns = -(-height // step), -(-width // step)
-        windows = _pad(image, (rows - 1) * step + size, (columns - 1) * step + size)
+        windows = pad(image, (rows - 1) * step + size, (columns - 1) * step + size)
         windows = windows.unfold(2, size, step).unfold(3, size, step)           # (N, C, rows, columns, size, size)
         windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)               # (N * rows * columns, C, size, size)
         levels = []
-        for x in self._of_one(windows, step, step):
-            stride = step // x.shape[2]
-            x = x.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5)   # (N, C_i, rows, h, columns, w)
-            levels.append(x.flatten(4).flatten(2, 3)[..., :height // stride, :width // stride])
+        for i, x in enumerate(self._of_one(windows), depth - len(self.layers)):
+            cells = step >> i + 1
+            x = x[..., :cells, :cells].unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5)
+            levels.append(x.flatten(4).flatten(2, 3)[..., :height >> i + 1, :width >> i + 1])  # (N, C_i, h, w)
         return levels
 
 
@@ -138,26 +143,14 @@ def _conv_bn_relu(in_channels, out_channels, size, stride=1):
                          nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
-def _pad(image, height, width):
+def pad(image, height, width):
+    """The image (N, C, H, W) with its last row and column repeated up to this size."""
     down, right = height - image.shape[-2], width - image.shape[-1]
     return F.pad(image, (0, right, 0, down), mode="replicate") if down or right else image
 
 
-def _resampled(x, factor):
-    if factor == 1:
-        return x
-    if (1 / factor).is_integer():
-        return F.avg_pool2d(x, int(1 / factor))
-    return F.interpolate(x, scale_factor=factor * (1 + 1e-9), mode="bilinear")  # sizes are rounded down
-
-
 def _maps(network, image):
     """The maps (N, C, H, W) of timm's feature extractors; some give (N, H, W, C)."""
-    maps = network(image)
-    return [x.permute(0, 3, 1, 2) for x in maps] if getattr(network, "output_fmt", "") == "NHWC" else maps
-
-
-def _maps(network, image):
     maps = network(image)
     return [x.permute(0, 3, 1, 2) for x in maps] if getattr(network, "output_fmt", "") == "NHWC" else maps
 
@@ -225,8 +218,11 @@ def _plan_with(create, settings, depth, own_size):
         multiple, least = next((multiple, times * multiple) for multiple in range(coarsest, size + 1, coarsest)
                                if size % multiple == 0 for times in (1, 2, 4, 8, 16) if times * multiple <= size
                                and _strides(network, settings, multiple, times) == strides)
-    channels = [c for c, _, _ in _shapes(network, settings, max(multiple, least), max(multiple, least))]
-    return Plan(settings, strides, channels, levels, multiple, least, own if own_size else 0)
+    side = max(multiple, least)
+    shapes = _shapes(network, settings, side, side)
+    lost = [round(side / stride) - height for stride, (_, height, _) in zip(strides, shapes)]
+    return Plan(settings, strides, [channels for channels, _, _ in shapes], lost, levels, multiple, least,
+                own if own_size else 0)
 
 
 def _strides(network, settings, multiple, times=1):

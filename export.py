@@ -34,13 +34,13 @@ class AnySize(nn.Module):
         self.segmenter = segmenter
 
     def forward(self, image):
-        step, x = 2 ** self.segmenter.depth, image
+        step, least, x = self.segmenter.encoder.multiple, self.segmenter.encoder.minimum, image
         for axis in (2, 3):
             size = image.shape[axis]
             # From here on the exporter takes `steps` as a number of its own. So all sizes inside are plain multiples of
             # it, which it can compare, and none is one of the example's or set apart because it may be 1.
-            steps = torch.full((), (size + step - 1) // step).item()
-            torch._check(steps >= 1)
+            steps = torch.full((), torch.sym_max((size + step - 1) // step, max(1, least // step))).item()
+            torch._check(steps >= max(1, least // step))
             torch._check(steps * step >= size)
             x = x.index_select(axis, torch.arange(steps * step).clamp(max=size - 1))  # repeats the border
         return self.segmenter(x)[..., :image.shape[2], :image.shape[3]]

@@ -10,11 +10,10 @@ import copy
 import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from blocks import SCSE, conv_of_upsampled, gated_conv
-from encoders import ModelError, check_name, create_encoder, one_line, with_weights
+from encoders import ModelError, check_name, create_encoder, one_line, pad, with_weights
 
 
 # ----------------------------------------------------------------------------------------------------------- decoders
@@ -114,7 +113,7 @@ class Segmenter(nn.Module):
     """Encoder, decoder and a 3x3 convolution as head: image (N, in_channels, H, W) -> logits (N, classes, H, W), H and
     W >= 16.
 
-    Sizes that the encoder's strides do not divide are padded by repeating the border, and the logits cropped back.
+    Sizes that the encoder does not take are padded by repeating the border, and the logits cropped back.
     """
 
     def __init__(self, encoder, decoder, in_channels, head_channels, classes, depth):
@@ -124,8 +123,9 @@ class Segmenter(nn.Module):
 
     def forward(self, image):
         height, width = image.shape[-2:]
-        down, right = -height % 2 ** self.depth, -width % 2 ** self.depth
-        x = F.pad(image, (0, right, 0, down), mode="replicate") if down or right else image
+        multiple, least = self.encoder.multiple, self.encoder.minimum
+        sides = [side + -side % multiple for side in (height, width)]
+        x = pad(image, *([max(side, least) for side in sides] if least > multiple else sides))
         x, gate = self.decoder(self.encoder(x))
         return gated_conv(x, gate, self.head)[..., :height, :width]
 
@@ -182,7 +182,8 @@ def for_inference(model):
             if isinstance(block, (DecoderBlock, LastBlock)):
                 for layers in (block.conv1, block.conv2):
                     layers[0], layers[1] = fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()
-        model.encoder = _folded(model.encoder, model.in_channels, 64)
+        multiple, least = model.encoder.multiple, model.encoder.minimum
+        model.encoder = _folded(model.encoder, model.in_channels, max(64 + -64 % multiple, least))
     elif isinstance(model, Classifier):
         model.network = _folded(model.network, 3, model.image_size)
     return model

@@ -30,7 +30,7 @@ def benchmark(monkeypatch, capfd):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(benchmark, name):
     status, out, _ = benchmark(name, "--help")
-    assert status == 0 and "--rounds" in out and f"python benchmarks/{name}.py" in out
+    assert status == 0 and f"python benchmarks/{name}.py" in out
 
 
 def test_app(benchmark):

@@ -58,16 +58,16 @@ def assert_same(found, expected):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arch, depth", [("unet", 3), ("unetpp", 4)])
-def test_a_segmentation_works_without_the_project(arch, depth, script, tmp_path):
-    """At depth 4 the coarsest map of 16 x 16 is one pixel."""
-    run, file = untrained(tmp_path / "run", arch, depth, channels=2), tmp_path / "model.pt2"
+@pytest.mark.parametrize("arch, depth, encoder", [("unet", 3, "test_efficientnet"), ("unetpp", 4, "test_vit")])
+def test_a_segmentation_works_without_the_project(arch, depth, encoder, script, tmp_path):
+    """At depth 4 the coarsest map of 16 x 16 is one pixel; a transformer's maps are resampled."""
+    run, file = untrained(tmp_path / "run", arch, depth, encoder, channels=2), tmp_path / "model.pt2"
     status, out, _ = script(test, run, "--export", file, "--device", "cpu")
     assert status == 0 and "(N, 2, H, W)" in out and "channels DAPI, CD4" in out and "percentiles 1 and 99.8" in out
     assert "checked on 1 x 2 x 16 x 16 and 3 x 2 x 37 x 53" in out
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["model.pt2"]
     images, own = [torch.rand(n, 2, height, width) for n, height, width in SHAPES], network(run)
-    if (arch, depth) == ("unet", 3):
+    if arch == "unet":
         found = elsewhere(file, images, tmp_path)
     else:  # quicker
         exported = export.load(file, ".pt2")

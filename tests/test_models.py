@@ -126,12 +126,12 @@ def test_encoders_of_all_kinds(encoder, patches_of_14):
     depth, channels = {"test_mambaout": (2, 1), "test_convnext": (5, 5), "test_vit": (4, 3)}.get(encoder, (3, 1))
     model = models.build_segmenter(["unetpp", "unet"][depth % 2], encoder, channels, depth=depth,
                                    decoder_channels=(32, 16, 8, 8, 8)[:depth])
-    image, sides = torch.rand(2, channels, 64, 64), [2 ** (i + 1) for i in range(depth)]
-    shapes = [tuple(level.shape) for level in model.encoder(image)]
-    assert shapes == [(2, c, 64 // s, 64 // s) for c, s in zip(model.encoder.channels, sides)]
+    side = max(model.encoder.multiple, model.encoder.minimum)
+    shapes = [tuple(level.shape) for level in model.encoder(torch.rand(2, channels, side, 2 * side))]
+    assert shapes == [(2, c, side >> i + 1, side >> i) for i, c in enumerate(model.encoder.channels)]
 
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(image)
+        logits = model(torch.rand(2, channels, 64, 64))
     logits.float().square().mean().backward()
     for part in (model.encoder, model.decoder):
         gradients = [p.grad for p in part.parameters() if p.grad is not None]
@@ -152,16 +152,17 @@ def test_maps_are_where_the_image_is(encoder, patches_of_14):
     """What a square in the image changes lies around it in the maps: its centre of mass is where the square is."""
     torch.manual_seed(0)
     model = models.build_segmenter(encoder=encoder, depth=3, decoder_channels=(8, 8, 8)).eval()
-    plain = torch.zeros(1, 1, 256, 256)
+    side = 256 + -256 % model.encoder.multiple
+    plain = torch.zeros(1, 1, side, side)
     for top, left in ((32, 160), (160, 64)):
         image = plain.clone()
         image[..., top:top + 32, left:left + 32] = 1
         with torch.no_grad():
             for level, other in zip(model.encoder(image), model.encoder(plain)):
                 change = (level - other).square().sum((0, 1))
-                cells = (torch.arange(len(change)) + 0.5) * 256 / len(change)
-                for side, start in ((1, top), (0, left)):
-                    centre = (change.sum(side) * cells).sum() / change.sum()
+                cells = (torch.arange(len(change)) + 0.5) * side / len(change)
+                for axis, start in ((1, top), (0, left)):
+                    centre = (change.sum(axis) * cells).sum() / change.sum()
                     assert abs(centre - start - 16) < 24, (tuple(level.shape), centre, start + 16)
 
 
