@@ -154,7 +154,7 @@ def read_config(run):
     data.refuse_special(run / "config.json")
     try:
         config = json.loads((run / "config.json").read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"{run}: has no config.json; is it the folder of a run?") from error
     except (ValueError, RecursionError) as error:
         raise RunError(f"{run / 'config.json'}: is not JSON") from error

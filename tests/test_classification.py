@@ -157,7 +157,7 @@ def test_new_pictures_get_probabilities(cross_validated, script, tmp_path):
     assert [[float(p) for p in row[1:]] for row in rows] == [pytest.approx(row, abs=1e-5) for row in tested]
     (tmp_path / "new" / "broken.png").write_bytes(b"x")
     status, out, err = script(test, run, "--images", tmp_path / "new")
-    assert status == 2 and err.count("\n") == 1 and "1 of 4 cannot be read" in err and "broken.png" in err
+    assert status == 2 and err.count("\n") == 1 and "1 of 4 cannot be predicted" in err and "broken.png" in err
     assert len(read_csv(run / "predictions.csv")) == 4
 
 

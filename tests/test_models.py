@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import encoders
 import models
 
-PAPER_ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101"] + [f"efficientnet_b{i}" for i in range(8)]
+PAPER_ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101", *(f"efficientnet_b{i}" for i in range(6)),
+                  *(pytest.param(f"efficientnet_b{i}", marks=pytest.mark.slow) for i in (6, 7))]
 
 
 def randomise_batchnorm(model):
@@ -201,6 +202,7 @@ class UsedTwice(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder, self.conv, self.bn = encoder, nn.Conv2d(1, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64)
+        self.multiple, self.minimum = encoder.multiple, encoder.minimum
 
     def forward(self, image):
         x = self.conv(image)

@@ -164,7 +164,7 @@ def test_limit_train_uses_so_many(tiny, script, tmp_path):
 
 def test_early_stopping(tiny, script, tmp_path):
     status, _, _ = script(train, "--data", tiny, "--out", tmp_path / "run", *TRAIN, "--epochs", 9, "--patience", 1,
-                          "--lr", 1e-12)
+                          "--lr", 1e-12, "--encoder", "test_resnet")
     assert status == 0 and len(read_metrics(tmp_path / "run")) < 9
 
 
@@ -172,7 +172,7 @@ def test_early_stopping(tiny, script, tmp_path):
 def test_real_tissue_trains_and_tests(script, tmp_path):
     run = tmp_path / "run"
     status, _, _ = script(train, "--data", SHARED / "inform", "--out", run, *TRAIN, "--tile", 256, "--limit-train", 1,
-                          "--depth", 5)
+                          "--encoder", "test_resnet", "--depth", 5)
     assert status == 0 and json.loads((run / "config.json").read_text())["setting"]["in_channels"] == 3
     assert script(test, run, "--split", "validation")[0] == 0
     assert json.loads((run / "validation.json").read_text())["images"] == 1
