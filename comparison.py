@@ -1,5 +1,6 @@
 """The table that compares several runs: a line for each setting, mean and standard deviation over its seeds."""
 import statistics
+from pathlib import Path
 
 import settings
 
@@ -12,34 +13,45 @@ COLUMNS = {"seg": {"iou": "IoU", "mean_image_iou": "mean image IoU", "dice": "Di
 def show(measured):
     """Prints a table for each task, the best setting first. measured: (folder, config, scores) of each run. Runs whose
     flags are the same but for the seed, the machine and the place are of one setting."""
+    once = {run.resolve(): (run, config, scores) for run, config, scores in measured}
     for task, columns in COLUMNS.items():
         groups = {}
-        for run, config, scores in measured:
+        for run, config, scores in once.values():
             if config["task"] == task:
-                groups.setdefault(tuple(setting_of(config).items()), []).append((run, config["seed"], scores))
+                groups.setdefault(tuple(setting_of(config, scores).items()), []).append((run, config["seed"], scores))
         if groups:
             show_groups(columns, [(dict(setting), members) for setting, members in groups.items()])
 
 
-def setting_of(config):
-    """{flag: value} of what makes a run's setting; what it started from as it was found, not as it was asked for."""
+def setting_of(config, scores):
+    """{flag: value} of what makes a run's setting; of weights what was found, not what was asked for, of data the
+    folder's name; and of a cross-validation how many folds were measured."""
     flags = vars(settings.make_parser("").parse_args([]))
-    kept = {name: str(config.get(name)) for name in flags if name not in (*settings.PLACE, "seed")}
-    return {**kept, "weights": str(config["weights_used"])}
+    kept = {f"--{name.replace('_', '-')}": str(config.get(name)) for name in flags
+            if name not in (*settings.PLACE, "seed")}
+    return {**kept, "--weights": config["weights_used"], "--data": Path(config["data"]).name,
+            "folds measured:": str(scores.get("folds", ""))}
 
 
 def show_groups(columns, groups):
+    def by_seed(members, name):
+        """The score of each seed; of several runs of one, their mean."""
+        values = {}
+        for _, seed, scores in members:
+            values.setdefault(seed, []).append(scores[name])
+        return [statistics.fmean(found) for found in values.values()]
+
     first = next(iter(columns))
-    groups.sort(key=lambda group: -statistics.fmean(scores[first] for _, _, scores in group[1]))
+    groups.sort(key=lambda group: -statistics.fmean(by_seed(group[1], first)))
     differ = [flag for flag in groups[0][0] if len({setting[flag] for setting, _ in groups}) > 1]
     print("\n" + "".join(f"{title:>18}" for title in columns.values()) + "  runs  setting")
     for setting, members in groups:
         cells = []
         for name in columns:
-            values = [scores[name] for _, _, scores in members]
+            values = by_seed(members, name)
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else " " * 9  # n - 1
             cells.append(f"{statistics.fmean(values):.4f}{spread}")
-        flags = " ".join(f"--{flag.replace('_', '-')} {setting[flag]}" for flag in differ) or "the same for all"
-        seeds = ", ".join(str(seed) for _, seed, _ in sorted(members, key=lambda member: member[1]))
+        flags = " ".join(f"{flag} {setting[flag]}" for flag in differ) or "the same for all"
+        seeds = ", ".join(str(seed) for seed in sorted({seed for _, seed, _ in members}))
         names = f"{members[0][0]}" if len(members) == 1 else f"seeds {seeds}"
         print("".join(f"{cell:>18}" for cell in cells) + f"{len(members):6}  {flags} ({names})")

@@ -2,7 +2,7 @@
 
     python data.py synthetic OUT                write the built-in synthetic set
     python data.py dsb2018 STAGE1_TRAIN OUT     import the Data Science Bowl 2018 download (its fluorescence fields)
-    python data.py dedl-csv CSV [reading.IMAGES] OUT    import the paper's csv (file,label) with the pictures it names
+    python data.py dedl-csv CSV [IMAGES] OUT    import the paper's csv (file,label) with the pictures it names
     python data.py check DIR                    say what is found in a data folder, and what is wrong with it
 
 A data folder holds segmentation.csv (image,mask,split[,patient]), classification.csv (image,labels,split[,patient]) or
@@ -29,11 +29,12 @@ from torchvision.transforms import v2
 
 import process
 import reading
-from reading import DataError, channel_names, normalise, read_image, read_mask, read_picture
+from reading import DataError, normalise, read_image, read_mask, read_picture
 
 SPLITS = ("train", "validation", "test")
 MANIFESTS = {"seg": ("segmentation.csv", "mask"), "cls": ("classification.csv", "labels")}  # file, column of the truth
 PAPER_CLASSES = ("b", "tfh", "tfh217", "tfhl", "other")  # in the order of the numbers in the paper's csv
+INFORM_MASKS = ("_component_data.tifMask.tif", "_binary_seg_maps.tif")
 PICTURE_MEMORY = 4 << 30      # bytes; pictures to classify are kept in memory up to here
 PART_PIXELS = 1 << 25         # of fields to be predicted, read at a time; a larger one alone
 ROTATION = 10                 # degrees: the paper's small rotation
@@ -194,7 +195,7 @@ def _inform_records(folder):
     images = [path for name in files if name.endswith("_component_data.tif") for path in files[name]]
     records = []
     for image in images:
-        names = (f"{image.name}Mask.tif", image.name.replace("_component_data.tif", "_binary_seg_maps.tif"))
+        names = [image.name.replace("_component_data.tif", mask) for mask in INFORM_MASKS]
         masks = [path for name in names for path in files.get(name, []) if len(files[name]) == 1 or
                  path.parent == image.parent]
         if masks:
@@ -292,7 +293,7 @@ def read_fields(records, channels=("DAPI",), what="images"):
         if len(field.image) != len(first.image):
             raise DataError(f"{field.record.image}: has {len(field.image)} channels, {first.record.image.name} has "
                             f"{len(first.image)}; all images of a data folder must have as many")
-        if field.channels != first.channels and any(name.isdecimal() for name in channels):
+        if stains(channels, field.channels) != stains(channels, first.channels):
             raise DataError(f"{field.record.image}: the pages {', '.join(channels)} (--channel) are "
                             f"{', '.join(field.channels)}, in {first.record.image.name} {', '.join(first.channels)}; "
                             f"give names")
@@ -320,12 +321,11 @@ def read_in_parts(records, channels=("DAPI",)):
             yield list(pool.map(read, part))
 
 
-def stains(channel, found):
-    """The names to look for in further images, of a run with this --channel that `found` those: where a page was asked
-    for by its place, the name that it had."""
-    asked = channel_names(channel)
-    if len(found) != len(asked):  # of coloured pictures
-        return asked
+def stains(asked, found):
+    """The names to look for in further images, of `asked` pages that had the names `found`: where one was asked for by
+    its place, the name that it had there, if it had one."""
+    if found in (reading.GREY, reading.COLOURED):
+        return tuple(asked)
     return tuple(name if number.isdecimal() else number for number, name in zip(asked, found))
 
 
@@ -440,14 +440,17 @@ def class_names(records):
 
 
 def find_images(paths):
-    """The image files that paths name: files, folders (of these all images in them) and patterns like "a/*.tif". Raises
-    DataError for one that names none."""
+    """The image files that paths name: files, folders and patterns like "a/*.tif", of which all images are taken, but
+    not the masks that lie beside inForm's. Raises DataError for one that names none."""
     found = []
     for path in paths:
         if Path(path).is_dir():
-            files = [file for file in sorted(Path(path).iterdir()) if file.suffix.lower() in reading.IMAGES]
+            files = sorted(Path(path).iterdir())
         else:
             files = [Path(path)] if Path(path).exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if Path(path).is_dir() or not Path(path).exists():
+            files = [file for file in files if file.suffix.lower() in reading.IMAGES and not file.is_dir()
+                     and not file.name.endswith(INFORM_MASKS)]
         if not files:
             raise DataError(f"--images {path}: names no image file ({', '.join(reading.IMAGES)})")
         found += files

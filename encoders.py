@@ -49,9 +49,12 @@ def create_encoder(name, in_channels, depth, weights):
     encoder, used = with_weights(create(), create, name, weights)
     if hasattr(encoder, "_stage_out_idx"):  # timm's EfficientNetFeatures keeps, and runs, all stages: drop the unused
         encoder.blocks = encoder.blocks[:max(encoder._stage_out_idx)]
-    if plan:
+    usual = Plan(settings, [2 ** (i + 1) for i in range(depth)], plan.channels, [0] * depth, list(range(depth)),
+                 plan.multiple, plan.minimum, 0) if plan else None  # of a pyramid, but for the sizes that it takes
+    if plan != usual or settings["in_chans"] != in_channels or _is_channels_last(encoder):
         return Pyramid(encoder, in_channels, plan), used
-    encoder.channels, encoder.multiple, encoder.minimum = encoder.feature_info.channels(), 2 ** depth, 0
+    encoder.channels = encoder.feature_info.channels()
+    encoder.multiple, encoder.minimum = (plan.multiple, plan.minimum) if plan else (2 ** depth, 0)
     return encoder, used
 
 
@@ -92,13 +95,13 @@ class Pyramid(nn.Module):
         self.stem, self.layers, self.channels = None, nn.ModuleList(), []
         for i, k in enumerate(plan.levels):
             if k is None:
-                self.stem = _conv_bn_relu(in_channels, STEM_WIDTH, 3, stride=2)
+                self.stem = conv_bn_relu(in_channels, STEM_WIDTH, 3, stride=2)
                 self.channels.append(STEM_WIDTH)
                 continue
             used = sum(j is not None and plan.strides[j] == plan.strides[k] for j in plan.levels)
             own = used == 1 and plan.strides[k] == 2 ** (i + 1)
             self.channels.append(plan.channels[k] if own else min(plan.channels[k], LEVEL_WIDTHS[i]))
-            self.layers.append(nn.Identity() if own else _conv_bn_relu(plan.channels[k], self.channels[-1], 1))
+            self.layers.append(nn.Identity() if own else conv_bn_relu(plan.channels[k], self.channels[-1], 1))
 
     def forward(self, image):
         window = self.plan.window
@@ -138,7 +141,7 @@ class Pyramid(nn.Module):
         return levels
 
 
-def _conv_bn_relu(in_channels, out_channels, size, stride=1):
+def conv_bn_relu(in_channels, out_channels, size=3, stride=1):
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False),
                          nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
@@ -152,7 +155,11 @@ def pad(image, height, width):
 def _maps(network, image):
     """The maps (N, C, H, W) of timm's feature extractors; some give (N, H, W, C)."""
     maps = network(image)
-    return [x.permute(0, 3, 1, 2) for x in maps] if getattr(network, "output_fmt", "") == "NHWC" else maps
+    return [x.permute(0, 3, 1, 2) for x in maps] if _is_channels_last(network) else maps
+
+
+def _is_channels_last(network):
+    return getattr(network, "output_fmt", "") == "NHWC"
 
 
 def _is_pyramid(create, settings, depth):
@@ -163,7 +170,7 @@ def _is_pyramid(create, settings, depth):
             network = create(**settings).eval()
         except Exception:  # each of timm's models has its own kind
             return False
-        return (network.feature_info.reduction() == strides and getattr(network, "output_fmt", "") != "NHWC"
+        return (network.feature_info.reduction() == strides and not _is_channels_last(network)
                 and _strides(network, settings, 2 ** depth, least // 2 ** depth) == strides
                 and [h for _, h, _ in _shapes(network, settings, least, least)] == [least // s for s in strides])
 
@@ -178,6 +185,8 @@ def _plan(create, name, in_channels, depth):
                 with torch.random.fork_rng([]), torch.device(device):
                     try:
                         plan = _plan_with(create, {"in_chans": channels, **settings}, depth, own_size)
+                    except MemoryError:
+                        raise
                     except Exception as error:
                         failed = failed or (None if settings else error)  # not that a setting is unknown
                         continue
@@ -214,7 +223,7 @@ def _plan_with(create, settings, depth, own_size):
     if own_size:
         multiple = size
     else:
-        coarsest = math.lcm(*strides)
+        coarsest = math.lcm(2 ** depth, *strides)
         multiple, least = next((multiple, times * multiple) for multiple in range(coarsest, size + 1, coarsest)
                                if size % multiple == 0 for times in (1, 2, 4, 8, 16) if times * multiple <= size
                                and _strides(network, settings, multiple, times) == strides)

@@ -66,6 +66,8 @@ def check_file(file):
     """Raises RunError where no file of this name can be written."""
     if file.suffix not in (".pt2", ".onnx"):
         raise runs.RunError(f"--export {file}: is to be named .pt2 (PyTorch) or .onnx")
+    if not file.absolute().parent.is_dir():
+        raise runs.RunError(f"--export {file}: there is no folder {file.parent}")
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if file.suffix == ".onnx" and missing:
         raise runs.RunError(f"--export {file}: needs {' and '.join(missing)} here: pip install onnx onnxscript "
@@ -77,7 +79,7 @@ def export_run(run, config, file):
     check_file(file)
     if config["task"] == "seg":
         own = best(run, models.build_segmenter, config)
-        channels, step, network = config["setting"]["in_channels"], 2 ** own.depth, AnySize(own)
+        channels, step, network = config["setting"]["in_channels"], max(8, own.encoder.multiple), AnySize(own)
         free = {0: Dim("batch", min=1), 2: Dim("height", min=16), 3: Dim("width", min=16)}
         example, others = (2, channels, 3 * step - 3, 5 * step - 5), [(1, channels, 16, 16), (3, channels, 37, 53)]
         names = ", ".join(map(str, config.get("channels", [])))
@@ -128,7 +130,9 @@ def write(network, own, example, free, others, file, what):
             if file.suffix == ".onnx":
                 handle.write(program.model_proto.SerializeToString())  # weights and all, up to 2 GB
             else:
-                torch.export.save(program, handle)
+                whole = io.BytesIO()  # on a full disk torch's own writer aborts the process
+                torch.export.save(program, whole)
+                handle.write(whole.getbuffer())
             handle.flush()
             exported, worst = load(handle.name, file.suffix), None
             for shape in others if exported else ():

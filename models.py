@@ -13,15 +13,10 @@ import torch.nn as nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from blocks import SCSE, conv_of_upsampled, gated_conv
-from encoders import ModelError, check_name, create_encoder, one_line, pad, with_weights
+from encoders import ModelError, check_name, conv_bn_relu, create_encoder, one_line, pad, with_weights
 
 
 # ----------------------------------------------------------------------------------------------------------- decoders
-def conv_bn_relu(in_channels, out_channels):
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-                         nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
-
-
 class DecoderBlock(nn.Module):
     """Doubles the size of a map, joins the skips of that size to it, and mixes them by two 3x3 convolutions.
 

@@ -24,19 +24,22 @@ def save_samples(fields, masks, file, most=4, side=256):
 
 
 def save_sheet(shown, file, side=320):
-    """Fields, as (caption, Field, predicted mask): as they are, and with the contours of truth and prediction."""
+    """Fields, as (caption, Field, np.packbits(predicted mask, 1)): as they are, and with the contours of truth and
+    prediction. They may come one at a time: their middles alone are kept."""
     rows = []
-    for caption, field, predicted in shown:
+    for caption, field, bits in shown:
         height, width = field.shape
         window = middle((height, width), side)
+        predicted = np.unpackbits(bits[window[0]], 1, width)[:, window[1]].astype(bool)
         part = f", middle {side} x {side}" if max(height, width) > side else ""
         image = as_picture(field.window(*window)).repeat(2, 0).repeat(2, 1)  # doubled: contours stay thin
-        truth, predicted = (border(np.asarray(mask[window]).repeat(2, 0).repeat(2, 1))
-                            for mask in (field.mask, predicted))
+        truth, predicted = (border(mask.repeat(2, 0).repeat(2, 1))
+                            for mask in (field.mask[window].numpy(), predicted))
         lines = image.copy()
         lines[truth], lines[predicted], lines[truth & predicted] = TRUTH, PREDICTED, BOTH
         rows.append([(f"{caption}  {field.record.image.stem} ({height} x {width}{part})", image),
                      ("contours: blue truth, orange prediction, white both", lines)])
+        del field  # before the next is read
     save_grid(rows, file)
 
 

@@ -22,6 +22,7 @@ IMAGES = (*TIFF, ".png", ".jpg", ".jpeg")
 MAX_PIXELS = 1 << 30          # of an image; more are refused, and more than MAX_RATIO a byte of its file:
 MAX_RATIO = 300_000           # a white fax of 32,000 pixels a row has nearly so many, all else far fewer
 PERCENTILES = (1, 99.8)       # brought to 0 and 1, as StarDist does
+GREY, COLOURED = ("grey",), ("red", "green", "blue")  # channels of files without stains, which are taken whole
 LARGE = 1 << 26               # pixels; larger images are read and normalised with no copy of their size
 
 
@@ -42,20 +43,20 @@ def read_image(path, channels=("DAPI",), dtype=np.float32):
         with _reading(path), tifffile.TiffFile(path) as tiff:
             pages = _stain_pages(path, tiff)
             if len(pages) == 1 and not pages[0][1]:
-                chosen = [("page 0", pages[0][0])]
+                chosen = [(*GREY, pages[0][0])]
             else:
                 chosen = [_find_page(path, pages, name) for name in channels]
             arrays = [_page_array(path, page) for _, page in chosen]
         names = tuple(name for name, _ in chosen)
     else:
-        arrays, names = [decode_picture(path)], ("grey",)
+        arrays, names = [decode_picture(path)], GREY
     arrays = [channels_first(array) for array in arrays]
     image = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
     if dtype or image.dtype.itemsize > 4:
         with np.errstate(over="ignore"):  # of what float32 cannot hold infinity remains
             image = image.astype(np.float32, copy=False)
     if len(names) == 1 and len(image) == 3:
-        names = ("red", "green", "blue")
+        names = COLOURED
     _refuse_not_finite(path, image)
     return image, names                                                                                   # (C, H, W)
 
@@ -143,9 +144,9 @@ def find_limits(image):
     The 99.8th of a channel that is dark nearly everywhere can equal the 1st: then it is the largest value. Both are the
     same where a channel is constant.
     """
-    find = np.percentile if image[0].size <= LARGE else _percentiles_of_large
-    low, high = np.array([find(channel.astype(np.float32, copy=False), PERCENTILES) for channel in image],
-                         np.float32).T[..., None, None]                                                   # (C, 1, 1)
+    found = [_percentiles_of_large(channel, PERCENTILES) if channel.size > LARGE else
+             np.percentile(channel.astype(np.float32, copy=False), PERCENTILES) for channel in image]
+    low, high = np.array(found, np.float32).T[..., None, None]                                            # (C, 1, 1)
     return low, np.where(high > low, high, image.max((1, 2), keepdims=True).astype(np.float32))
 
 
@@ -230,7 +231,7 @@ def _stain_pages(path, tiff):
     size = described[0][0].shape[:2]
     pages = [(page, xml.get("Name")) for page, xml in described if page.shape[:2] == size]
     names = _ome_names(tiff)
-    return [(page, name) for (page, _), name in zip(pages, names)] if len(names) == len(pages) else pages
+    return [(page, name) for (page, _), name in zip(pages, names)] if len(names) == len(pages) > 1 else pages
 
 
 def _ome_names(tiff):

@@ -43,15 +43,17 @@ def main(argv=None):
             raise runs.RunError(f"--{flag.replace('_', '-')}: takes one run; name one")
     if args.images and args.data:
         raise runs.RunError("--images: takes pictures in place of a data folder; leave --data out")
-    if args.export and (args.images or args.data or args.save_masks or args.save_probabilities or args.tta):
-        raise runs.RunError("--export: writes the network alone; leave --images, --data, --save-... and --tta out")
+    if args.export and (args.images or args.data or args.save_masks or args.save_probabilities or args.tta
+                        or args.channel):
+        raise runs.RunError("--export: writes the network alone; leave --images, --data, --save-..., --channel and "
+                            "--tta out")
     compute = runs.choose_compute(args.device, args.amp)
     measured, failed = [], []
     for run in folders:
         try:
             config = runs.read_config(run)
             measured.append((run, config, test(run, config, compute, args, brief=len(folders) > 1)))
-        except (data.DataError, models.ModelError, runs.RunError) as error:
+        except (OSError, data.DataError, models.ModelError, runs.RunError) as error:
             if len(folders) == 1:
                 raise
             print(f"{run}: left out: {error}", flush=True)
@@ -133,6 +135,7 @@ def test_segmentation(run, config, compute, args, brief):
         counts.append(of_part)
         loss += mean_loss * of_part.sum().item()
         masks += [np.packbits(mask.numpy(), 1) for mask in found]  # eight pixels a byte
+        del found, maps
     bar.close()
     counts = torch.cat(counts)
     scores = {**dedl.segmentation_scores(counts), "cross_entropy": loss / counts.sum().item()}
@@ -141,12 +144,9 @@ def test_segmentation(run, config, compute, args, brief):
     runs.save_json({**scores, "tta": args.tta, "split": args.split, "data": str(folder)}, run / f"{args.split}.json")
     ious = [dedl.image_iou(c) for c in counts]
     order = sorted(range(len(ious)), key=lambda i: -ious[i])
-    shown = []
-    for name, i in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        field = data.read_field(records[i], channels, raw=True)
-        mask = np.unpackbits(masks[i], 1, field.shape[1]).astype(bool)
-        shown.append((f"{name}: IoU {ious[i]:.3f}", field, mask))
-    pictures.save_sheet(shown, run / f"{args.split}.png")
+    pictures.save_sheet(((f"{name}: IoU {ious[i]:.3f}", data.read_field(records[i], channels, raw=True), masks[i])
+                         for name, i in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1]))),
+                        run / f"{args.split}.png")
     if brief:
         print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}", flush=True)
         return scores
@@ -158,7 +158,8 @@ def test_segmentation(run, config, compute, args, brief):
 
 def channels_of(config, args):
     """The names of the stains to look for. Raises DataError."""
-    return data.channel_names(args.channel) if args.channel else data.stains(config["channel"], config["channels"])
+    return reading.channel_names(args.channel) if args.channel else \
+        data.stains(reading.channel_names(config["channel"]), tuple(config["channels"]))
 
 
 def usable(field, run, config):
@@ -205,20 +206,20 @@ def save_png(array, file):
 
 def output_files(records, args):
     """For each record where its mask and its probability map go, DIR/<image stem>.png of the flags' DIRs; None without
-    one. Makes the folders; raises RunError if a file would overwrite another one's or one of the data."""
-    inputs = {path.resolve() for record in records for path in (record.image, record.mask) if path}
+    one. Makes the folders; raises RunError if two would be one file, or one might overwrite data."""
+    inputs = {path.resolve().parent for record in records for path in (record.image, record.mask) if path}
     if args.save_masks and args.save_probabilities and args.save_masks.resolve() == args.save_probabilities.resolve():
         raise runs.RunError(f"--save-probabilities {args.save_probabilities}: is the folder of the masks; give another")
     columns = []
     for flag, folder in (("--save-masks", args.save_masks), ("--save-probabilities", args.save_probabilities)):
+        if folder and folder.resolve() in inputs:
+            raise runs.RunError(f"{flag} {folder}: holds images or masks of the data; give another folder")
         files = [folder and folder / f"{record.image.stem}.png" for record in records]
         owners = {}
         for file, record in zip(files if folder else (), records):
             if owners.setdefault(file, record.image) != record.image:
                 raise runs.RunError(f"{flag}: {owners[file]} and {record.image} would both go into {file}; give them "
-                                    f"to two commands")
-            if file.resolve() in inputs:
-                raise runs.RunError(f"{flag} {folder}: would overwrite {file.name} of the data; give another folder")
+                                    f"to two commands, with a folder each")
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         columns.append(files)
@@ -250,6 +251,7 @@ def predict_masks(run, config, compute, args):
             for record, mask in zip(done, masks):  # Tensor.sum would make a copy of eight bytes a pixel
                 area = np.count_nonzero(mask) / mask.numel()
                 rows.append([record.name, *mask.shape, f"{area:.6f}", prediction.count_nuclei(mask)])
+            del masks, maps, mask
     finally:  # also of an interrupted run the images that are done
         bar.close()
         if rows:
@@ -310,7 +312,7 @@ def test_classification(run, config, compute, args, brief):
     # 4. the same numbers in print
     if brief:
         print(f"{title(run, folder, args)}: micro F1 {at_half['f1_micro']:.4f} of {len(folds)} folds", flush=True)
-        return at_half
+        return {**at_half, "folds": len(folds)}
     print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds")
     epochs = {}  # shown, since a fold may not be finished; killed in its first it has no metrics.csv yet
     for fold, folder in runs.fold_folders(run).items():
@@ -327,7 +329,7 @@ def test_classification(run, config, compute, args, brief):
         row = at_half["per_class"][name]
         print(f"    {name:19.19}{row['f1']:11.4f}{row['precision']:11.4f}{row['recall']:11.4f}{row['support']:11d}"
               f"{threshold:11.3f}{tuned['per_class'][name]['f1']:11.4f}")
-    return at_half
+    return {**at_half, "folds": len(folds)}
 
 
 def predict_by_folds(run, config, shown, compute, args):

@@ -27,6 +27,7 @@ import models
 import pictures
 import prediction
 import process
+import reading
 import runs
 from settings import digest, how_to_go_on, parse_args, refuse_other_data, refuse_other_settings
 
@@ -117,7 +118,7 @@ def load_splits(records, args):
     for split, found in (("train", train), ("validation", validation)):
         if not found:
             raise runs.RunError(f"--data: {args.data} has no images of split {split}; training needs some")
-    fields = data.read_fields(train + validation, data.channel_names(args.channel), "training and validation images")
+    fields = data.read_fields(train + validation, reading.channel_names(args.channel), "training and validation images")
     for line in (*notes([f"{field.record.image}: the image is constant" for field in fields if not field.image.any()]),
                  *notes([f"{field.record.mask}: the mask is empty" for field in fields if not field.mask.any()])):
         print(line)

@@ -165,7 +165,7 @@ BAD = [
     ("cls", ["--model", "vit_tiny_patch16_224", "--image-size", "40"], None, "cannot classify images of 40 x 40"),
     ("cls", ["--batch-size", "1", "--model", "resnet18"], None, "a batch of 1 has no variance for BatchNorm"),
     *[("test", ["{seg}", flag, value], None, flag) for flag, *values in TEST_FLAGS for value in values],
-    ("test", ["{seg}", "--images", "{tiny}/field0.png", "--save-masks", "{tiny}"], None, "would overwrite field0.png"),
+    ("test", ["{seg}", "--images", "{tiny}/field0.png", "--save-masks", "{tiny}"], None, "holds images or masks"),
     ("test", ["{seg}", "--images", "{tiny}/field0.png", "--save-probabilities", "{seg}/predictions"], None,
      "is the folder of the masks; give another"),
     ("test", ["{seg}", "--images", "{tiny}/field0.png", "--channel", " "], None, "names no page"),
@@ -329,7 +329,7 @@ def test_predicted_masks_do_not_overwrite_the_data(finished, script, tmp_path, t
     (tiny / "segmentation.csv").write_text("image,mask,split\nfield8.png,field8.PNG,test\n")
     before = (tiny / "field8.png").read_bytes()
     status, _, err = script(test, finished[0], "--data", tiny, "--save-masks", tiny)
-    assert status == 2 and "would overwrite field8.png" in err and (tiny / "field8.png").read_bytes() == before
+    assert status == 2 and "holds images or masks of the data" in err and (tiny / "field8.png").read_bytes() == before
 
 
 def test_an_unknown_stain_is_named(script, monkeypatch):

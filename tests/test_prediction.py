@@ -1,7 +1,10 @@
 """Whole fields of any size, new images, stains by name, nuclei counted, pictures of the training, runs compared."""
 import csv
 import json
+import shutil
 import sys
+import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -132,6 +135,39 @@ def test_large_pictures_are_read_in_strips(monkeypatch, tmp_path, name):
     np.testing.assert_array_equal(reading.read_image(tmp_path / name, dtype=None)[0], np.moveaxis(pixels, -1, 0))
 
 
+def test_limits_of_large_images_take_no_copy(monkeypatch):
+    image = np.random.default_rng(0).integers(0, 255, (1, 6000, 1000), np.uint8)
+    monkeypatch.setattr(reading, "LARGE", 1000)
+    tracemalloc.start()
+    reading.find_limits(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * image.nbytes
+
+
+@pytest.mark.parametrize("flags", [("--images", "{tiny}/field?.png"), ("--data", "{tiny}", "--split", "train")])
+def test_nothing_of_a_part_stays_while_the_next_is_read(run, tiny, script, tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(data, "PART_PIXELS", 1)
+    whole_read, whole_evaluate, kept = data.read_field, prediction.evaluate, []
+
+    def read_field(*inputs, **how):
+        assert not any(reference() is not None for reference in kept)
+        field = whole_read(*inputs, **how)
+        kept.append(weakref.ref(field))
+        return field
+
+    def evaluate(*inputs, **how):
+        counts, loss, masks = whole_evaluate(*inputs, **how)
+        kept.extend(map(weakref.ref, masks))
+        return counts, loss, masks
+
+    monkeypatch.setattr(data, "read_field", read_field)
+    monkeypatch.setattr(prediction, "evaluate", evaluate)
+    status, _, err = script(test, run, *(flag.format(tiny=tiny) for flag in flags), "--save-probabilities",
+                            tmp_path / "maps")
+    assert status == 0 and len(kept) >= 8, err
+
+
 def test_a_field_read_raw_is_the_same_field(tiny):
     record = data.find_records(tiny)[0][0]
     normalised, raw = data.read_field(record), data.read_field(record, raw=True)
@@ -207,12 +243,23 @@ def test_pages_by_place_must_be_of_one_stain(script, tmp_path):
     assert status == 2 and "give names" in err and "stack1.tif" in err
 
 
+def test_files_without_stains_have_none_to_remember(tiny):
+    with Image.open(tiny / "field1.png") as picture:
+        picture.save(tiny / "field1.tif")
+    (tiny / "segmentation.csv").write_text((tiny / "segmentation.csv").read_text().replace("field1.png", "field1.tif"))
+    fields = data.read_fields(data.find_records(tiny)[0], ("0",))
+    assert {data.stains(("0",), field.channels) for field in fields} == {("0",)}
+    assert data.stains(("1", "PD1"), ("CD4", "PD1")) == ("CD4", "PD1")
+
+
 def test_names_of_ome_tiffs(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 99, (3, 20, 30)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "a.ome.tif", pixels, photometric="minisblack",
                      metadata={"axes": "CYX", "Channel": {"Name": ["CD4", "DAPI", "CD8"]}})
     image, names = data.read_image(tmp_path / "a.ome.tif", ("CD8", "dapi"))
     assert names == ("CD8", "DAPI") and np.array_equal(image, pixels[[2, 1]].astype(np.float32))
+    tifffile.imwrite(tmp_path / "b.ome.tif", pixels[0], metadata={"axes": "YX", "Channel": {"Name": "Hoechst"}})
+    assert data.read_image(tmp_path / "b.ome.tif")[0].shape == (1, 20, 30)  # a single page is taken whole
 
 
 def test_a_name_of_two_pages_is_no_name(tmp_path):
@@ -245,7 +292,8 @@ def test_several_runs_are_compared_in_one_table(run, tiny, script, tmp_path, mon
     config = json.loads((run / "config.json").read_text())
     ious = {}
     for name, changes, iou in (("a", {"seed": 1}, 0.8), ("b", {"seed": 2, "out": "b", "workers": 3}, 0.6),
-                               ("c", {"app": "none", "seed": 1}, 0.9), ("no_run", None, 0)):
+                               ("again", {"seed": 2}, 0.7), ("c", {"app": "none", "seed": 1}, 0.9),
+                               ("no_run", None, 0)):
         (tmp_path / name).mkdir()
         if changes:
             (tmp_path / name / "best.pt").write_bytes((run / "best.pt").read_bytes())
@@ -253,14 +301,19 @@ def test_several_runs_are_compared_in_one_table(run, tiny, script, tmp_path, mon
             ious[name] = iou
     order, whole = iter(ious.values()), dedl.segmentation_scores
     monkeypatch.setattr(dedl, "segmentation_scores", lambda counts: {**whole(counts), "iou": next(order)})
-    status, out, err = script(test, *(tmp_path / name for name in ("a", "b", "c", "no_run")))
-    assert status == 2 and err.startswith("error: 1 of 4 runs cannot be measured") and "no_run" in err
+    status, out, err = script(test, *(tmp_path / name for name in ("a", "b", "again", "c", "no_run")))
+    assert status == 2 and err.startswith("error: 1 of 5 runs cannot be measured") and "no_run" in err
     header, first, second = out.strip().splitlines()[-3:]
     assert header.split()[0] == "IoU" and first.split()[0] == "0.9000" and f"--app none ({tmp_path / 'c'})" in first
-    assert second.split()[:3] == ["0.7000", "±", "0.1414"] and "--app conv (seeds 1, 2)" in second
+    # of two runs of one seed the mean counts once: 0.8, and 0.65 of 0.6 and 0.7
+    assert second.split()[:3] == ["0.7250", "±", "0.1061"] and "3  --app conv (seeds 1, 2)" in second
     assert all((tmp_path / name / "test.json").is_file() for name in ious)
 
 
-def test_classifications_are_compared_too(cross_validated, script):
-    status, out, err = script(test, cross_validated[0], cross_validated[0])
-    assert status == 0 and "micro F1" in out and "the same for all (seeds 77, 77)" in out, err
+def test_cross_validations_are_compared_with_their_like(cross_validated, script, tmp_path):
+    other = tmp_path / "two_folds"
+    shutil.copytree(cross_validated[0], other, ignore=shutil.ignore_patterns("fold2"))
+    status, out, err = script(test, cross_validated[0], other, cross_validated[0])
+    lines = out.strip().splitlines()[-3:]
+    assert status == 0 and "micro F1" in lines[0], err
+    assert sorted(line.split("folds measured: ")[1].split()[0] for line in lines[1:]) == ["2", "3"]

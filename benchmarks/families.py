@@ -1,7 +1,7 @@
 """Which of timm's encoders train: one small model of each of timm's families (some of two kinds), forward and backward.
 
-    python benchmarks/encoders.py                         a table, and how many of them work
-    python benchmarks/encoders.py vit_tiny_patch16_224    these models only
+    python benchmarks/families.py                         a table, and how many of them work
+    python benchmarks/families.py vit_tiny_patch16_224    these models only
 
 Beside it, whether segmentation_models_pytorch's network with the same encoder ("tu-...") does, where it is installed.
 """
