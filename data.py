@@ -300,9 +300,9 @@ def read_fields(records, channels=("DAPI",), what="images"):
     return fields
 
 
-def read_in_parts(records, channels=("DAPI",)):
-    """Reads fields raw, some at a time, as many as have PART_PIXELS together or one that is larger: yields lists of
-    (record, Field, or else the DataError of reading it), in the records' order."""
+def read_in_parts(records, channels=("DAPI",), most=None):
+    """Reads fields raw, some at a time, as many as have `most` pixels together, PART_PIXELS if it is None, or one that
+    is larger: yields lists of (record, Field, or else the DataError of reading it), in the records' order."""
     def read(record):
         try:
             return record, read_field(record, channels, raw=True)
@@ -312,7 +312,7 @@ def read_in_parts(records, channels=("DAPI",)):
     parts, pixels = [[]], 0
     for record in records:
         size = reading.pixels_of(record.image)
-        if parts[-1] and pixels + size > PART_PIXELS:
+        if parts[-1] and pixels + size > (PART_PIXELS if most is None else most):
             parts, pixels = [*parts, []], 0
         parts[-1].append(record)
         pixels += size

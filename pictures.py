@@ -4,8 +4,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import process
+from reading import COLOURED
 
 # contours in colours that colour-blind people tell apart (Okabe & Ito)
+CAPTION = 330  # pixels that a picture's column may be widened to for its caption
 TRUTH, PREDICTED, BOTH = (86, 180, 233), (230, 159, 0), (255, 255, 255)
 
 
@@ -19,7 +21,9 @@ def save_samples(fields, masks, file, most=4, side=256):
         image = as_picture(fields[i].window(*window))
         truth, predicted = (np.repeat(mask.numpy()[window][..., None] * np.uint8(255), 3, 2)
                             for mask in (fields[i].mask, masks[i]))
-        rows.append([(fields[i].record.image.stem, image), ("truth", truth), ("prediction", predicted)])
+        zoom = max(1, side // max(truth.shape))  # small fields grow
+        rows.append([(caption, enlarge(picture, zoom)) for caption, picture in
+                     ((fields[i].record.image.stem, image), ("truth", truth), ("prediction", predicted))])
     save_grid(rows, file)
 
 
@@ -31,13 +35,14 @@ def save_sheet(shown, file, side=320):
         height, width = field.shape
         window = middle((height, width), side)
         predicted = np.unpackbits(bits[window[0]], 1, width)[:, window[1]].astype(bool)
-        part = f", middle {side} x {side}" if max(height, width) > side else ""
-        image = as_picture(field.window(*window)).repeat(2, 0).repeat(2, 1)  # doubled: contours stay thin
-        truth, predicted = (border(mask.repeat(2, 0).repeat(2, 1))
-                            for mask in (field.mask[window].numpy(), predicted))
+        shown_height, shown_width = predicted.shape
+        zoom = max(2, 2 * side // max(predicted.shape))  # contours stay thin, small fields grow
+        image = enlarge(as_picture(field.window(*window)), zoom)
+        truth, predicted = (border(enlarge(mask, zoom)) for mask in (field.mask[window].numpy(), predicted))
+        part = f", middle {shown_height} x {shown_width}" if (shown_height, shown_width) != field.shape else ""
         lines = image.copy()
         lines[truth], lines[predicted], lines[truth & predicted] = TRUTH, PREDICTED, BOTH
-        rows.append([(f"{caption}  {field.record.image.stem} ({height} x {width}{part})", image),
+        rows.append([(f"{caption}  {field.record.image.stem} ({height} x {width}{part}){colours_of(field)}", image),
                      ("contours: blue truth, orange prediction, white both", lines)])
         del field  # before the next is read
     save_grid(rows, file)
@@ -103,6 +108,17 @@ def as_picture(image):
     return (shown.transpose(1, 2, 0) * 255).round().astype(np.uint8)
 
 
+def colours_of(field):
+    """Which stain as_picture shows in which colour, where there are several."""
+    if len(field.channels) < 2 or field.channels == COLOURED:
+        return ""
+    return "  " + ", ".join(map(" ".join, zip(COLOURED, field.channels)))
+
+
+def enlarge(picture, zoom):
+    return picture.repeat(zoom, 0).repeat(zoom, 1)
+
+
 def middle(shape, side):
     return tuple(slice(max(0, (size - side) // 2), max(0, (size - side) // 2) + side) for size in shape)
 
@@ -115,10 +131,13 @@ def border(mask):
 
 def save_grid(rows, file, gap=6, strip=20):
     """A PNG of rows of (caption, uint8 (H, W, 3)), the caption in a strip above its picture."""
-    widths = [max(row[c][1].shape[1] for row in rows if c < len(row)) + gap for c in range(len(rows[0]))]
+    font = ImageFont.load_default(13)
+    widths = [max(max(cell.shape[1], *(min(CAPTION, int(font.getlength(line[:CAPTION])) + 1)
+                                       for line in caption.split("\n")))
+                  for caption, cell in (row[c] for row in rows if c < len(row))) + gap for c in range(len(rows[0]))]
     heights = [max(cell.shape[0] for _, cell in row) + strip + gap for row in rows]
     canvas = Image.new("RGB", (sum(widths) + gap, sum(heights) + gap), (24, 24, 24))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(canvas)
     for r, row in enumerate(rows):
         for c, (caption, cell) in enumerate(row):
             x, y = gap + sum(widths[:c]), gap + sum(heights[:r])

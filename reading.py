@@ -57,6 +57,8 @@ def read_image(path, channels=("DAPI",), dtype=np.float32):
             image = image.astype(np.float32, copy=False)
     if len(names) == 1 and len(image) == 3:
         names = COLOURED
+    if names in (GREY, COLOURED) and len(channels) > 1:
+        raise DataError(f"{path}: is one page, without stains to take {', '.join(channels)} (--channel) from")
     _refuse_not_finite(path, image)
     return image, names                                                                                   # (C, H, W)
 
@@ -181,6 +183,8 @@ def _percentiles_of_large(channel, percentiles):
 def channel_names(text):
     """The value of --channel as names: "DAPI,CD4" -> ("DAPI", "CD4"). Raises DataError if it holds none."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if len({name.lower() for name in names}) < len(names):
+        raise DataError(f"--channel {text!r}: names a page twice")
     if not names:
         raise DataError(f"--channel {text!r}: names no page; give one or more, as in DAPI,CD4")
     return names
@@ -238,9 +242,10 @@ def _ome_names(tiff):
     """The names of the channels in the metadata of an OME-TIFF; [] where it has others."""
     text = (tiff.ome_metadata or "") if tiff.is_ome else ""
     try:
-        return [found.get("Name") for found in ET.fromstring("" if "<!" in text else text).iterfind(".//{*}Channel")]
+        first = ET.fromstring("" if "<!" in text else text).find("{*}Image")
     except ET.ParseError:
         return []
+    return [(found.get("Name") or "").strip() for found in first.iterfind(".//{*}Channel")] if first is not None else []
 
 
 def _find_page(path, pages, name):
@@ -252,7 +257,9 @@ def _find_page(path, pages, name):
         alike = [int(name)]
     if len(alike) == 1:
         page, found = pages[alike[0]]
-        return found or name, page
+        # by a name that two pages have it would not be found again
+        unique = found and sum((other or "").lower() == found.lower() for other in names) == 1
+        return found if unique else name, page
     if len(alike) > 1:
         raise DataError(f"{path}: {len(alike)} of its pages are named {name!r} (--channel); give their numbers, "
                         f"{', '.join(map(str, alike))}")
@@ -284,7 +291,9 @@ def _page_array(path, page, palette_colours=True):
     if array.shape[:2] != (page.imagelength, page.imagewidth) or array.dtype.kind not in "buif" or not array.size:
         raise ValueError(f"its header says {page.imagelength}x{page.imagewidth}, its pixels are {array.shape}")
     if array.ndim == 3:
-        array = array[..., :array.shape[-1] - len(page.extrasamples)]
+        # what a grey page has beside its first sample may be further stains; alpha is none, nor what follows RGB
+        extra = [kind for kind in page.extrasamples if kind or page.photometric != tifffile.PHOTOMETRIC.MINISBLACK]
+        array = array[..., :array.shape[-1] - len(extra)]
         array = array[..., 0] if array.shape[-1] == 1 else array
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE and palette_colours:
         array = (np.moveaxis(np.asarray(page.colormap)[:, array], 0, -1) >> 8).astype(np.uint8)

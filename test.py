@@ -144,9 +144,11 @@ def test_segmentation(run, config, compute, args, brief):
     runs.save_json({**scores, "tta": args.tta, "split": args.split, "data": str(folder)}, run / f"{args.split}.json")
     ious = [dedl.image_iou(c) for c in counts]
     order = sorted(range(len(ious)), key=lambda i: -ious[i])
-    pictures.save_sheet(((f"{name}: IoU {ious[i]:.3f}", data.read_field(records[i], channels, raw=True), masks[i])
-                         for name, i in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1]))),
-                        run / f"{args.split}.png")
+    shown = {}  # of few images one is several of these
+    for name, i in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
+        shown.setdefault(i, []).append(name)
+    pictures.save_sheet(((f"{', '.join(names)}: IoU {ious[i]:.3f}", data.read_field(records[i], channels, raw=True),
+                          masks[i]) for i, names in shown.items()), run / f"{args.split}.png")
     if brief:
         print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}", flush=True)
         return scores
@@ -218,8 +220,8 @@ def output_files(records, args):
         owners = {}
         for file, record in zip(files if folder else (), records):
             if owners.setdefault(file, record.image) != record.image:
-                raise runs.RunError(f"{flag}: {owners[file]} and {record.image} would both go into {file}; give them "
-                                    f"to two commands, with a folder each")
+                raise runs.RunError(f"{'--images' if args.images else flag}: {owners[file]} and {record.image} would "
+                                    f"both go into {file}; give them to two commands, each with its --save-masks")
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         columns.append(files)
@@ -237,8 +239,9 @@ def predict_masks(run, config, compute, args):
     bar = process.progress(None, "predicting", "px", sum(reading.pixels_of(record.image) for record in records))
     rows, unreadable = [], []
     try:
-        for part in data.read_in_parts(records, channels_of(config, args)):
-            fields = []
+        # fewer at a time than are measured: the masks of all that are finished are there after an interruption
+        for part in data.read_in_parts(records, channels_of(config, args), data.PART_PIXELS // 8):
+            fields, mask = [], None
             for _, field in part:
                 try:
                     fields.append(usable(field, run, config))
@@ -252,7 +255,10 @@ def predict_masks(run, config, compute, args):
                 area = np.count_nonzero(mask) / mask.numel()
                 rows.append([record.name, *mask.shape, f"{area:.6f}", prediction.count_nuclei(mask)])
             del masks, maps, mask
-    finally:  # also of an interrupted run the images that are done
+    except KeyboardInterrupt as stop:
+        what = f"{len(rows)} of {len(records)} images are in {run / 'predictions.csv'}"
+        raise type(stop)(f"interrupted; {what}") from None
+    finally:
         bar.close()
         if rows:
             with process.replacing(run / "predictions.csv", "w", newline="") as handle:
@@ -264,9 +270,9 @@ def predict_masks(run, config, compute, args):
 
 
 def refuse_unreadable(unreadable, records):
-    """Prints the errors of images that could not be read, and raises RunError if there is one."""
+    """Says which images could not be read, and raises RunError if there is one."""
     if unreadable:
-        print(*unreadable, sep="\n")
+        print(*unreadable[1:], sep="\n", end="\n" * (len(unreadable) > 1))  # the first follows
         raise runs.RunError(f"--images: {len(unreadable)} of {len(records)} cannot be predicted; {unreadable[0]}")
 
 

@@ -50,6 +50,7 @@ def main(argv=None):
 # --------------------------------------------------------------------------------------------------------- segmentation
 def train_segmentation(args, compute):
     # 1. folder of the run, data
+    models.check_name("encoder", args.encoder)  # before much is read
     name = f"seg-{args.data.name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}"
     args.out = out = args.out if args.resume else process.from_first(runs.new_run, args.out, name)
     records, said = data.find_records(args.data, args.seed)

@@ -51,7 +51,7 @@ def test_new_images_get_masks_maps_and_a_table(run, tiny, script, tmp_path):
     status, out, err = script(test, run, "--images", f"{new}/**/*.png", new / "b.tif", "--save-probabilities",
                               tmp_path / "maps")
     assert status == 2 and err.startswith(f"error: --images: 1 of 4 cannot be predicted; {new / 'broken.png'}: "), err
-    assert f"{run / 'predictions.csv'}: 3 images" in out and str(new / "broken.png") in out
+    assert f"{run / 'predictions.csv'}: 3 images" in out
     rows = {row["image"]: row for row in rows_of(run / "predictions.csv")}
     assert set(rows) == {str(new / name) for name in ("a.png", "b.tif", "deeper/c.png")}
     for name, field in (("a", "field0"), ("b", "field1"), ("c", "field2")):
@@ -66,6 +66,16 @@ def test_new_images_get_masks_maps_and_a_table(run, tiny, script, tmp_path):
     # the same masks as those of measured images
     assert script(test, run, "--data", tiny, "--split", "train", "--save-masks", tmp_path / "masks")[0] == 0
     assert (tmp_path / "masks" / "field0.png").read_bytes() == (run / "predictions" / "a.png").read_bytes()
+
+
+def test_images_that_cannot_be_predicted_do_not_stop_the_others(run, tiny, script, monkeypatch):
+    monkeypatch.setattr(data, "PART_PIXELS", 8)  # each is read alone
+    (tiny / "field1.png").write_bytes(b"not a picture")
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tiny / "field2.png")
+    status, out, err = script(test, run, "--images", *(tiny / f"field{i}.png" for i in (1, 0, 2, 3)))
+    assert status == 2 and "error: --images: 2 of 4 cannot be predicted" in err and "field1.png" in err
+    assert "field2.png: has 3 channels" in out and len(rows_of(run / "predictions.csv")) == 2
+    assert script(test, run, "--images", tiny / "field1.png")[::2][1].count("\n") == 1
 
 
 def test_masks_of_two_images_never_share_a_file(run, tiny, script, tmp_path):
@@ -86,7 +96,8 @@ def test_an_interruption_keeps_the_table_of_what_is_done(run, tiny, script, monk
 
     monkeypatch.setattr(prediction, "evaluate", evaluate)
     monkeypatch.setattr(data, "PART_PIXELS", 1)
-    assert script(test, run, "--images", f"{tiny}/field*.png")[0] == 130
+    status, _, err = script(test, run, "--images", f"{tiny}/field*.png")
+    assert status == 130 and err == f"interrupted; 2 of 9 images are in {run / 'predictions.csv'}\n"
     assert len(rows_of(run / "predictions.csv")) == len(list((run / "predictions").iterdir())) == 2
 
 
@@ -272,7 +283,20 @@ def test_a_name_of_two_pages_is_no_name(tmp_path):
             tiff.write(synthetic_stain, metadata=None, description=text)
     with pytest.raises(data.DataError, match="2 of its pages are named 'DAPI'.*0, 1"):
         data.read_image(tmp_path / "b.tif")
-    assert data.read_image(tmp_path / "b.tif", ("1",))[0].shape == (1, 8, 8)
+    image, names = data.read_image(tmp_path / "b.tif", ("1",))
+    assert image.shape == (1, 8, 8) and names == ("1",)  # by its name it would not be found again
+
+
+def test_stains_are_not_dropped(tmp_path):
+    planes = np.random.default_rng(0).integers(0, 99, (2, 8, 9)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", planes, planarconfig="separate", photometric="minisblack")
+    np.testing.assert_array_equal(data.read_image(tmp_path / "a.tif")[0], planes)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "b.png")
+    for name in ("a.tif", "b.png"):
+        with pytest.raises(data.DataError, match="without stains to take DAPI, CD4"):
+            data.read_image(tmp_path / name, ("DAPI", "CD4"))
+    with pytest.raises(data.DataError, match="twice"):
+        reading.channel_names("DAPI,dapi")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
