@@ -40,7 +40,7 @@ def save_sheet(shown, file, side=320):
         image = enlarge(as_picture(field.window(*window)), zoom)
         truth, predicted = (border(enlarge(mask, zoom)) for mask in (field.mask[window].numpy(), predicted))
         part = f", middle {shown_height} x {shown_width}" if (shown_height, shown_width) != field.shape else ""
-        lines = image.copy()
+        lines = image.mean(2, keepdims=True).astype(np.uint8).repeat(3, 2)  # grey, on which all contours are seen
         lines[truth], lines[predicted], lines[truth & predicted] = TRUTH, PREDICTED, BOTH
         rows.append([(f"{caption}  {field.record.image.stem} ({height} x {width}{part}){colours_of(field)}", image),
                      ("contours: blue truth, orange prediction, white both", lines)])
