@@ -238,7 +238,7 @@ def test_one_fold_alone_has_no_deviation(coloured, script, tmp_path):
     assert json.loads((tmp_path / "run" / "test.json").read_text())["std"] is None
 
 
-@pytest.mark.parametrize("swa", [(), ("--swa", "--patience", 1)])
+@pytest.mark.parametrize("swa", [pytest.param((), marks=pytest.mark.slow), ("--swa", "--patience", 1)])
 def test_a_resumed_cross_validation_equals_one_never_stopped(coloured, script, tmp_path, swa):
     arguments = ["--data", coloured, *CLASSIFY, "--epochs", 5, *swa]
     assert script(train, *arguments, "--out", tmp_path / "whole")[0] == 0

@@ -35,7 +35,7 @@ def begin_scale(monkeypatch, scale):
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *place, **how: whole(*place, init_scale=float(scale), **how))
 
 
-@pytest.mark.parametrize("precision", ["off", "fp16"])
+@pytest.mark.parametrize("precision", ["off", pytest.param("fp16", marks=pytest.mark.slow)])  # emulated on a CPU
 def test_a_run_of_bad_steps_is_ended_with_epoch_batch_and_files(tiny, script, tmp_path, monkeypatch, precision):
     run = tmp_path / "run"
     settings = [*TRAIN, "--data", tiny, "--limit-train", 1, "--batch-size", "1", "--amp", precision, "--out", run]

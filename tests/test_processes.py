@@ -87,6 +87,7 @@ runs.command(train.main)
     assert "error: the second process has a reason\n" in ended.stderr and "train.py\", line" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_once(tiny, tmp_path):
     (tiny / "field1.png").write_bytes(b"x")
     ended = torchrun("train.py", "--data", tiny, *TRAIN, "--out", tmp_path / "run")

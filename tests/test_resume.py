@@ -138,9 +138,10 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("when, name, number", [
-    ("within", "config.json", 1), ("at", "step", 2), ("at", "validation", 1), ("within", "best.pt", 1),
-    ("within", "last.pt", 1), ("at", "step", 9), ("after", "best.pt", 1), ("within", "last.pt", 3),
-    ("after", "last.pt", 3), ("within", "metrics.csv", 2), ("before", "samples.png", 4)])
+    ("within", "config.json", 1), ("within", "last.pt", 1), ("at", "step", 9), ("after", "best.pt", 1),
+    ("after", "last.pt", 3), ("within", "metrics.csv", 2), *(pytest.param(*place, marks=pytest.mark.slow) for place in (
+        ("at", "step", 2), ("at", "validation", 1), ("within", "best.pt", 1), ("within", "last.pt", 3),
+        ("before", "samples.png", 4)))])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(whole, script, tmp_path, when, name, number):
     folder, uninterrupted = whole
     arguments = ["--data", str(folder), *TRAIN, *EPOCHS, "--out", str(tmp_path / "run")]

@@ -168,6 +168,7 @@ def test_early_stopping(tiny, script, tmp_path):
     assert status == 0 and len(read_metrics(tmp_path / "run")) < 9
 
 
+@pytest.mark.slow
 @needs("inform")
 def test_real_tissue_trains_and_tests(script, tmp_path):
     run = tmp_path / "run"
