@@ -302,12 +302,12 @@ def read_fields(records, channels=("DAPI",), what="images"):
 
 def read_in_parts(records, channels=("DAPI",), most=None):
     """Reads fields raw, some at a time, as many as have `most` pixels together, PART_PIXELS if it is None, or one that
-    is larger: yields lists of (record, Field, or else the DataError of reading it), in the records' order."""
+    is larger: yields lists of each record's Field, or the DataError of reading it, in the records' order."""
     def read(record):
         try:
-            return record, read_field(record, channels, raw=True)
+            return read_field(record, channels, raw=True)
         except DataError as error:
-            return record, error
+            return error
 
     parts, pixels = [[]], 0
     for record in records:

@@ -49,9 +49,8 @@ def create_encoder(name, in_channels, depth, weights):
     encoder, used = with_weights(create(), create, name, weights)
     if hasattr(encoder, "_stage_out_idx"):  # timm's EfficientNetFeatures keeps, and runs, all stages: drop the unused
         encoder.blocks = encoder.blocks[:max(encoder._stage_out_idx)]
-    usual = Plan(settings, [2 ** (i + 1) for i in range(depth)], plan.channels, [0] * depth, list(range(depth)),
-                 plan.multiple, plan.minimum, 0) if plan else None  # of a pyramid, but for the sizes that it takes
-    if plan != usual or settings["in_chans"] != in_channels or _is_channels_last(encoder):
+    if plan and (plan.window or any(plan.lost) or plan.strides != [2 ** (i + 1) for i in range(depth)]
+                 or settings["in_chans"] != in_channels or _is_channels_last(encoder)):
         return Pyramid(encoder, in_channels, plan), used
     encoder.channels = encoder.feature_info.channels()
     encoder.multiple, encoder.minimum = (plan.multiple, plan.minimum) if plan else (2 ** depth, 0)

@@ -128,7 +128,7 @@ def test_segmentation(run, config, compute, args, brief):
     # 2. predict and measure, as many images at a time as memory should hold
     counts, loss, masks = [], 0.0, []
     for part in data.read_in_parts(records, channels):
-        fields = [usable(field, run, config) for _, field in part]
+        fields = [usable(field, run, config) for field in part]
         of_part, mean_loss, found, maps = predict_part(run, model, fields, compute, args, bar)
         del part, fields  # large images and what is made of them are not in memory together
         save_part(found, maps, files[len(masks):])
@@ -241,8 +241,8 @@ def predict_masks(run, config, compute, args):
     try:
         # fewer at a time than are measured: the masks of all that are finished are there after an interruption
         for part in data.read_in_parts(records, channels_of(config, args), data.PART_PIXELS // 8):
-            fields, mask = [], None
-            for _, field in part:
+            fields, mask = [], None  # there may be none
+            for field in part:
                 try:
                     fields.append(usable(field, run, config))
                 except (data.DataError, runs.RunError) as error:
