@@ -367,8 +367,9 @@ def naming_files(dataset):
 class Crops(ReadInTurn):
     """Random tiles of the training fields, augmented: image (C, tile, tile) float32, mask (tile, tile) int64.
 
-    An epoch draws from each field as many crops as tiles cover its area. Each crop has a random state of its own, from
-    (seed, epoch, place in the epoch): the same crops come with any number of workers, and after a resume.
+    A pass draws from each field as many crops as tiles cover its area; indices from the length on are further passes.
+    Each crop has a random state of its own, from (seed, epoch, index): the same crops come with any number of workers,
+    and after a resume.
     """
 
     def __init__(self, fields, tile, seed=0):
@@ -381,12 +382,12 @@ class Crops(ReadInTurn):
     def __getitem__(self, index):
         self.note(index)
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        field = self.fields[self.owner[index]]
+        field = self.fields[self.owner[index % len(self.owner)]]
         image, mask = random_crop(field.image, field.mask, self.tile, rng)
         return image, mask.long()
 
     def file_of(self, index):
-        return self.fields[self.owner[index]].record.image
+        return self.fields[self.owner[index % len(self.owner)]].record.image
 
 
 def random_crop(image, mask, tile, rng):

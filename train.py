@@ -367,13 +367,17 @@ class Batches:
     """The indices of each batch of an epoch, in an order drawn from `seed`. Of several processes each gets its part of
     every batch; a rest too small to give each of them two images joins the batch before it.
 
-    drop_last: without a smaller batch at the end. whole: the batches as all processes share them.
+    drop_last: without a smaller batch at the end. steps: so many batches, None for one pass; the n-th pass has the
+    indices from n * count on. whole: the batches as all processes share them.
     """
 
-    def __init__(self, count, size, seed, drop_last=False):
+    def __init__(self, count, size, seed, drop_last=False, steps=None):
         generator = torch.Generator().manual_seed(seed)
         torch.empty((), dtype=torch.int64).random_(generator=generator)  # README's figures are of the order after this
-        order = torch.randperm(count, generator=generator).tolist()
+        wanted = steps * size if steps else count
+        order = [start + i for start in range(0, wanted, count)
+                 for i in torch.randperm(count, generator=generator).tolist()][:wanted]
+        count = len(order)
         self.whole = [order[start:start + size] for start in range(0, count, size)]
         rest = self.whole.pop() if count > size and count % size else []
         if rest and not drop_last and process.world() > 1 and len(rest) < 2 * process.world():
@@ -396,7 +400,8 @@ def make_loader(dataset, args, compute, epoch, drop_last=False):
     dataset.epoch = epoch
     dataset.noted = torch.zeros(args.workers, 2, dtype=torch.int64).share_memory_()
     drop_last = drop_last or (args.compile and len(dataset) > args.batch_size)  # another size would be compiled anew
-    batches = Batches(len(dataset), args.batch_size, args.seed * 1_000_003 + epoch, drop_last)
+    batches = Batches(len(dataset), args.batch_size, args.seed * 1_000_003 + epoch, drop_last,
+                      args.steps if args.task == "seg" else None)
     return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, generator=torch.Generator(),
                       pin_memory=compute.device.type == "cuda")
 

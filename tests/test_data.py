@@ -295,6 +295,8 @@ def test_crops_do_not_depend_on_workers_and_change_with_the_epoch(tiny):
         return torch.cat([image for image, _ in torch.utils.data.DataLoader(crops, 4, num_workers=workers)])
     assert torch.equal(draw(1, 0), draw(1, 2))
     assert not torch.equal(draw(1, 0), draw(2, 0))
+    first, again = crops[3], crops[3 + len(crops)]  # a further pass: the same field, another crop
+    assert crops.file_of(3) == crops.file_of(3 + len(crops)) and not torch.equal(first[0], again[0])
 
 
 # -------------------------------------------------------------------------------------- synthetic set, import and check

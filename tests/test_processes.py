@@ -111,6 +111,15 @@ def test_each_image_goes_once_to_one_process(monkeypatch, count, size, world):
         assert sum(sizes) == len(whole) and min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
 
 
+def test_steps_are_made_of_whole_passes():
+    whole = train.Batches(7, 4, seed=3, steps=5).whole
+    order = [index for batch in whole for index in batch]
+    assert [len(batch) for batch in whole] == [4] * 5
+    assert sorted(order[:7]) == list(range(7)) and sorted(order[7:14]) == list(range(7, 14))
+    assert all(14 <= index < 21 for index in order[14:]) and len(set(order)) == 20  # no crop is drawn twice
+    assert train.Batches(7, 2, seed=3, steps=2).whole == train.Batches(7, 2, seed=3).whole[:2]
+
+
 # ---------------------------------------------------------------------------------------------------- loader processes
 @pytest.mark.parametrize("task", ["seg", "cls"])
 def test_the_number_of_workers_changes_no_figure(tiny, coloured, script, tmp_path, task):

@@ -1,0 +1,395 @@
+"""The paper's tables on data of your own: trains every cell for several seeds, measures it, and writes Markdown.
+
+    python benchmarks/tables.py segmentation --data DIR           U-Net and U-Net++ x 12 encoders, each with and without
+                                                                  APP (conv, linear; GELU, ReLU), 5 seeds
+    python benchmarks/tables.py classification --data DIR         29 models
+    python benchmarks/tables.py efficiency --data DIR --plot F    IoU over the number of training images
+    python benchmarks/tables.py segmentation --data DIR --vary app=none,conv --vary encoder=resnet18 -- --epochs 5
+    python benchmarks/tables.py segmentation --data DIR --split validation --vary app=none --vary lr=1e-3,2e-3
+
+Every cell and seed is a run of train.py, in a folder of its own below --out. What is done is not done again: after a
+kill, or with more --seeds, the same command goes on. All cells get their first seed first. A table of what there is is
+written at the end, also where --minutes end it or runs fail: mean ± standard deviation (n - 1) over the seeds, and for
+each APP the difference to the run without it of the same seed, its mean with the 95 % interval of Student's t.
+"""
+import hashlib
+import itertools
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import harness
+
+import process
+import runs
+import settings
+import test
+import train
+
+RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101"]
+EFFICIENTNETS = [f"efficientnet_b{n}" for n in range(8)]
+APPS = ["none", "conv", "linear", "conv:relu", "linear:relu"]
+
+# The figures of the paper's authors (github.com/pranavsinghps1/DEDL, RESULTS.md; arXiv 2207.06489, sections 5.1, 5.2
+# and supplement): on the test part of their private set, "averaged over five runs". IoU without and with APP (GELU).
+PAPER_IOU = {
+    "unet": dict(zip(RESNETS + EFFICIENTNETS, (
+        (0.4347, 0.4788), (0.4774, 0.4983), (0.3798, 0.3827), (0.3718, 0.4402), (0.3785, 0.4282), (0.3301, 0.4237),
+        (0.2235, 0.3735), (0.3982, 0.2411), (0.3826, 0.3829), (0.4056, 0.4336), (0.4001, 0.4311), (0.3631, 0.3937)))),
+    "unetpp": dict(zip(RESNETS + EFFICIENTNETS, (
+        (0.5274, 0.4707), (0.3745, 0.4678), (0.4236, 0.4422), (0.4311, 0.4467), (0.3584, 0.3751), (0.4260, 0.4269),
+        (0.3778, 0.3942), (0.3928, 0.4174), (0.4138, 0.4273), (0.3884, 0.3875), (0.4090, 0.4214), (0.3784, 0.4002))))}
+PAPER_F1 = {  # what the published code calls F1 is the micro recall
+    "resnet18": 0.8635, "resnet34": 0.8277, "resnet50": 0.8499, "resnet101": 0.8710, "efficientnet_b0": 0.8372,
+    "efficientnet_b1": 0.8346, "efficientnet_b2": 0.8280, "efficientnet_b3": 0.8369, "efficientnet_b4": 0.8418,
+    "efficientnet_b5": 0.8463, "efficientnet_b6": 0.8263, "efficientnet_b7": 0.8129, "dm_nfnet_f0": 0.8204,
+    "dm_nfnet_f1": 0.8340, "dm_nfnet_f2": 0.8652, "dm_nfnet_f3": 0.8898, "dm_nfnet_f4": 0.8848, "dm_nfnet_f5": 0.8161,
+    "dm_nfnet_f6": 0.8161, "convnext_tiny": 0.8136, "convnext_small": 0.8480, "convnext_base": 0.8068,
+    "coatnet_0_rw_224": 0.8123, "swin_large_patch4_window12_384": 0.8839, "swin_base_patch4_window12_384": 0.8910,
+    "vit_base_patch16_384": 0.8426, "vit_base_patch32_384": 0.8507, "vit_large_patch16_384": 0.8050,
+    "vit_large_patch32_384": 0.8450}
+
+# task, the scores that are shown, the flags of train.py that vary, each with its values: a cell for each combination
+TABLES = {
+    "segmentation": ("seg", ["iou", "mean_image_iou"], {"arch": ["unet", "unetpp"],
+                                                        "encoder": RESNETS + EFFICIENTNETS, "app": APPS}),
+    "classification": ("cls", ["f1_micro", "f1_macro"], {"model": list(PAPER_F1)}),
+    "efficiency": ("seg", ["iou", "mean_image_iou"], {"limit-train": ["8", "16", "32", "64", "128", "all"],
+                                                      "app": ["none", "conv", "linear"]})}
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe & Ito
+TITLES = {"iou": "IoU", "mean_image_iou": "mean image IoU", "f1_micro": "micro-F1", "f1_macro": "macro-F1"}
+
+# quantiles 0.975 of Student's t with 1, 2, ... degrees of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    jobs = plan(args)
+    waiting = [job for job in jobs if not job.done(args.split)]
+    if args.show or not waiting:
+        failed = []
+    else:
+        print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done", flush=True)
+        failed = work(waiting, args)
+    text = markdown(jobs, args)
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{args.table}.md").write_text(text)
+    if args.plot:
+        plot(jobs, args)
+    if failed:
+        raise runs.RunError(f"{len(failed)} runs failed; the first: {failed[0]}")
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+@dataclass
+class Job:
+    """A run of train.py: `cell` {flag: value} of what varies in the table, its seed, its flags, its folder."""
+    cell: dict
+    seed: int
+    flags: list
+    folder: Path
+
+    def done(self, split):
+        return (self.folder / f"{split}.json").is_file()
+
+    def score(self, split, name):
+        """The score, None where the run is not done: of a cross-validation the mean over its folds."""
+        if not self.done(split):
+            return None
+        scores = json.loads((self.folder / f"{split}.json").read_text())
+        return scores["mean"][name] if "mean" in scores else scores[name]
+
+
+def parse_args(argv):
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = process.Parser(description=__doc__)
+    add, number = parser.add_argument, process.number
+    add("table", choices=list(TABLES))
+    add("--data", type=Path, default=harness.DATA, help="data folder [%(default)s]")
+    add("--out", type=Path, default=Path("runs/tables"), help="the runs' folders, and TABLE.md [%(default)s]")
+    add("--vary", action="append", default=[], metavar="FLAG=A,B", help="values of a flag of train.py, in place of the "
+        "table's own or beside them; app: none, conv, linear, with :relu for ReLU; limit-train: all for no limit")
+    add("--seeds", type=number(int, 1), default=5, help="[5]")
+    add("--split", choices=["test", "validation"], default="test", help="choose settings by validation alone [test]")
+    add("--minutes", type=number(float, 0), help="begin no run that would not end in this time; at its end stop those "
+        "that still go on: the next call resumes them")
+    add("--jobs", type=number(int, 1), help="runs at a time, which share devices and cores [one a device]")
+    add("--devices", type=lambda text: text.split(","), metavar="0,1,...", help="CUDA devices to use, or cpu [all]")
+    add("--keep-weights", action="store_true", help="leave best.pt and last.pt in the folders of finished runs")
+    add("--show", action="store_true", help="train nothing: the table of what is there")
+    add("--plot", type=Path, metavar="FILE", help="with one axis of numbers: the scores over it, as PNG")
+    args = parser.parse_args(argv[:cut])
+    args.flags = argv[cut + 1:]
+    args.task, args.scores, axes = TABLES[args.table]
+    args.axes = dict(axes)
+    for text in args.vary:
+        name, _, values = text.removeprefix("--").partition("=")
+        if not values:
+            parser.error(f"argument --vary: {text} is not of the form FLAG=A,B")
+        args.axes[name] = values.split(",")
+    if args.plot and not any(all(value.isdecimal() or value == "all" for value in values)
+                             for values in args.axes.values()):
+        parser.error("argument --plot: no flag varies over whole numbers")
+    if args.devices is None:
+        cards = harness.torch.cuda.device_count()
+        args.devices = list(map(str, range(cards))) or ["cpu"]
+    args.jobs = args.jobs or len(args.devices)
+    return args
+
+
+def plan(args):
+    """All jobs of the table, the first seeds of all cells first. The name of a job's folder tells its flags, by a hash
+    those too that do not vary."""
+    jobs = []
+    for seed in range(1, args.seeds + 1):
+        for values in itertools.product(*args.axes.values()):
+            cell = dict(zip(args.axes, values))
+            flags = [f"--task={args.task}", f"--data={args.data}", *args.flags]
+            for name, value in cell.items():
+                if name == "app":
+                    form, _, activation = value.partition(":")
+                    flags += [f"--app={form}", *([f"--app-activation={activation}"] if activation else [])]
+                elif (name, value) != ("limit-train", "all"):
+                    flags.append(f"--{name}={value}")
+            flags.append(f"--seed={seed}")
+            settings.parse_args(flags)  # ends here, not after hours, where a flag is wrong
+            name = "-".join(value.replace(":", "_").replace("/", "_") for value in values)
+            flagged = [flag for flag in flags if not flag.startswith("--data=")] + [args.data.name]
+            digest = hashlib.sha256(" ".join(sorted(flagged)).encode()).hexdigest()[:8]
+            jobs.append(Job(cell, seed, flags, args.out / f"{name}-seed{seed}-{digest}"))
+    return jobs
+
+
+# ------------------------------------------------------------------------------------------------------------ the work
+def work(waiting, args):
+    """Runs the jobs, some at a time, each in a process of its own. Returns what failed."""
+    started, usual, going, failed, count = time.monotonic(), [], {}, [], len(waiting)
+    ends = started + args.minutes * 60 if args.minutes else math.inf
+    free = [args.devices[i % len(args.devices)] for i in range(args.jobs)]
+    bar = process.progress(None, args.table, "run", count)
+    try:
+        while waiting or going:
+            longest = max(usual, default=0)
+            while waiting and free and time.monotonic() + longest < ends:
+                job, device = waiting.pop(0), free.pop(0)
+                going[start(job, device, args)] = job, device, time.monotonic()
+            if not going:
+                break
+            time.sleep(0.2)
+            for child in [child for child in going if child.poll() is not None]:
+                job, device, since = going.pop(child)
+                free.append(device)
+                bar.update(1)
+                if child.returncode:
+                    said = (job.folder.parent / f"{job.folder.name}.log").read_text(errors="replace").splitlines()
+                    failed.append(f"{job.folder}: {said[-1] if said else child.returncode}")
+                    print(failed[-1], flush=True)
+                else:
+                    usual.append(time.monotonic() - since)
+                    if not args.keep_weights:
+                        drop_weights(job.folder)
+                    shown = ", ".join(f"{TITLES[name]} {job.score(args.split, name):.4f}" for name in args.scores)
+                    print(f"{job.folder.name}: {shown}, {usual[-1]:.0f} s", flush=True)
+            if time.monotonic() > ends:
+                break
+    finally:
+        for child in going:
+            child.send_signal(signal.SIGTERM)
+        for child in going:
+            child.wait()
+        bar.close()
+    return failed
+
+
+def start(job, device, args):
+    """The process of a job, by `one` below. Its output goes to a file beside the folder."""
+    environment = dict(os.environ)
+    if device == "cpu":
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    args.out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "one", str(job.folder), args.split, *job.flags,
+               f"--device={'cpu' if device == 'cpu' else 'cuda'}"]
+    with open(args.out / f"{job.folder.name}.log", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def one(argv):
+    """Trains a run, or goes on with it, and measures it: `tables.py one FOLDER SPLIT flags...`."""
+    folder, split, *flags = argv
+    resumes = (Path(folder) / "config.json").is_file()
+    train.main([*flags, "--out", folder, *(["--resume"] if resumes else [])])
+    test.main([folder, "--split", split])
+
+
+def drop_weights(folder):
+    """Of 12 encoders and 5 seeds they would take 20 GB."""
+    for file in [*folder.glob("*.pt"), *folder.glob("fold*/*.pt")]:
+        file.unlink()
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+def mean_and_interval(values):
+    """The mean, and what the 95 % interval of Student's t goes beyond it to both sides; nan for one value."""
+    mean, n = statistics.fmean(values), len(values)
+    if n < 2:
+        return mean, math.nan
+    return mean, (T[n - 2] if n - 2 < len(T) else 1.96) * statistics.stdev(values) / math.sqrt(n)
+
+
+def markdown(jobs, args):
+    """What made the tables, which versions and machines; a table for each score."""
+    tables = [line for name in args.scores for line in ("", *table(jobs, args, name))]
+    return "\n".join([*about(jobs, args), *tables]) + "\n"
+
+
+def table(jobs, args, name):
+    """The lines of a score's table: one for each cell that is done, those that differ in APP alone together, and at the
+    end the mean over the cells. Beside the paper's own score what the paper has."""
+    seeds = range(1, args.seeds + 1)
+    scores = {(*sorted(job.cell.items()), job.seed): score for job in jobs
+              if (score := job.score(args.split, name)) is not None}
+    apps = args.axes.get("app", [None])
+    base, others = apps[0], apps[1:]
+    rest = {flag: values for flag, values in args.axes.items() if flag != "app"}
+    done = {tuple(job.cell[flag] for flag in rest) for job in jobs if job.done(args.split)}
+    cells = [dict(zip(rest, values)) for values in itertools.product(*rest.values()) if values in done]
+
+    def by_seed(cell, app):
+        key = sorted({**cell, **({"app": app} if app else {})}.items())
+        return {seed: scores[*key, seed] for seed in seeds if (*key, seed) in scores}
+
+    def spread(values):
+        values = list(values)
+        if not values:
+            return ""
+        return f"{statistics.fmean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+    def difference(differences):
+        if not differences:
+            return ""
+        mean, beyond = mean_and_interval(differences)
+        return f"{mean:+.4f}" + ("" if math.isnan(beyond) else f" [{mean - beyond:+.4f}, {mean + beyond:+.4f}]")
+
+    def pairs(cell, app):
+        with_app, without = by_seed(cell, app), by_seed(cell, base)
+        return {seed: value - without[seed] for seed, value in with_app.items() if seed in without}
+
+    varied = [flag for flag, values in rest.items() if len(values) > 1] or list(rest)[:1]
+    if base is None:
+        header = [*varied, TITLES[name], "seeds"]
+    else:
+        header = [*varied, f"{TITLES[name]}, APP {base}", *itertools.chain.from_iterable(
+            (f"APP {app}", f"{app} - {base}, 95 %") for app in others), "seeds"]
+    paper = PAPER_IOU if name == "iou" and others and "limit-train" not in rest else \
+        PAPER_F1 if name == "f1_micro" else {}
+    theirs = ["*paper, private set: without*", "*with APP (GELU)*", "*difference*"] if paper is PAPER_IOU else \
+        ["*paper, private set: \"F1\", a recall*"] if paper else []
+    rows = []
+    for cell in cells:
+        found = [by_seed(cell, app) for app in apps]
+        row = [*(cell[flag] for flag in varied), spread(found[0].values())]
+        for app, values in zip(others, found[1:]):
+            row += [spread(values.values()), difference(list(pairs(cell, app).values()))]
+        row.append("/".join(sorted({str(len(values)) for values in found})))
+        if paper is PAPER_IOU:
+            was = PAPER_IOU.get(cell.get("arch", "unet"), {}).get(cell.get("encoder", "resnet18"))
+            row += [f"*{was[0]:.4f}*", f"*{was[1]:.4f}*", f"*{was[1] - was[0]:+.4f}*"] if was else [""] * 3
+        elif paper:
+            was = PAPER_F1.get(cell.get("model"))
+            row.append(f"*{was:.4f}*" if was else "")
+        rows.append(row)
+    if others and len(cells) > 1:  # of each seed the mean over the cells, where all are there
+        row = ["mean over all", *[""] * (len(varied) - 1), ""]
+        for app in others:
+            of_cells = [pairs(cell, app) for cell in cells]
+            whole = [seed for seed in seeds if all(seed in pair for pair in of_cells)]
+            row += ["", difference([statistics.fmean(pair[seed] for pair in of_cells) for seed in whole])]
+        rows.append([*row, "", *[""] * len(theirs)])
+    return ["| " + " | ".join(row) + " |" for row in ([*header, *theirs], ["---"] * len(header + theirs), *rows)]
+
+
+def about(jobs, args):
+    """What made the tables: the command, and where the runs were made."""
+    made = {}
+    for job in jobs:
+        if job.done(args.split):
+            config = json.loads((job.folder / "config.json").read_text())
+            versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+            where = f"{config['device']}, {config['threads']} threads a run, {config['amp']}; {versions}"
+            made[where] = made.get(where, 0) + 1
+    command = ["python", "benchmarks/tables.py", *sys.argv[1:]]
+    return [f"`{' '.join(command)}`", "",
+            f"{sum(made.values())} of {len(jobs)} runs, measured on the {args.split} split of {args.data.name}.",
+            *(f"{number} runs on {where}." for where, number in made.items())]
+
+
+def plot(jobs, args):
+    """The scores over the axis of numbers, mean and 95 % interval of the seeds, a line for each value of the other
+    axes; and, where APP varies, the differences to the runs without it."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+    axis = next(name for name, values in args.axes.items() if all(v.isdecimal() or v == "all" for v in values))
+    lines, used = {}, {}
+    for job in jobs:
+        score = job.score(args.split, args.scores[0])
+        if score is None:
+            continue
+        value = job.cell[axis]
+        used[value] = json.loads((job.folder / "config.json").read_text())["train_images_used"] if value == "all" \
+            else int(value)
+        name = ", ".join(v for flag, v in job.cell.items() if flag != axis and len(args.axes[flag]) > 1)
+        lines.setdefault(name, {}).setdefault(value, {})[job.seed] = score
+    apps = args.axes.get("app", [])
+    compares = len(apps) > 1 and all(flag in (axis, "app") or len(v) == 1 for flag, v in args.axes.items())
+    figure = Figure((5.5 * (1 + compares), 3.6), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 1 + compares, squeeze=False)[0]
+    base = lines.get(apps[0], {}) if compares else {}
+    ticks = sorted(set(used.values()))
+    for place, (name, points) in enumerate(lines.items()):
+        shift = 1.03 ** (place - (len(lines) - 1) / 2)  # intervals lie side by side
+        for panel, values in zip(panels, (
+                {v: list(of.values()) for v, of in points.items()},
+                {v: [score - base[v][seed] for seed, score in of.items() if seed in base.get(v, {})]
+                 for v, of in points.items()} if name != apps[0] else {})):
+            shown = [(used[v], *mean_and_interval(found)) for v, found in values.items() if found]
+            if shown:
+                x, mean, beyond = zip(*sorted(shown))
+                panel.errorbar([at * shift for at in x], mean, [0 if math.isnan(b) else b for b in beyond], marker="o",
+                               markersize=4, capsize=3, linewidth=1.2, color=COLOURS[place % len(COLOURS)],
+                               label=f"APP {name}" if compares else name)
+    for panel in panels:
+        panel.set_xscale("log")
+        panel.set_xticks(ticks, map(str, ticks))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_xlabel("training images" if axis == "limit-train" else axis)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"{args.split} {TITLES[args.scores[0]]}, {args.seeds} seeds, 95 % interval")
+    if len(lines) > 1:
+        panels[0].legend(frameon=False)
+    if compares:
+        panels[1].axhline(0, color="black", linewidth=0.8)
+        panels[1].set_ylabel(f"difference to APP {apps[0]}, paired by seed")
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    with process.replacing(args.plot) as handle:
+        figure.savefig(handle, format="png")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]:
+        runs.command(lambda _: one(sys.argv[2:]), memory=train.LESS_MEMORY)
+    else:
+        runs.command(main)
