@@ -70,8 +70,8 @@ def make_parser(description):
     add("--app-activation", choices=list(dedl.ACTIVATIONS), default="gelu", help="[gelu]")
     add("--app-weight", type=number(float, 0), default=1.0, help="factor of APP's penalty [1]")
     add("--tile", type=number(int, 16, 16384), help=f"side of a tile in pixels {default('tile')}")
-    add("--steps", type=number(int, 1), metavar="N", help="training steps an epoch, from as many passes over the tiles "
-        "as that takes [one pass]")
+    add("--steps", type=number(int, 1, 10 ** 6), metavar="N", help="training steps an epoch, from as many passes over "
+        "the tiles as that takes [one pass]")
     add("--channel", default="DAPI", help="page of a multi-page TIFF by name, or several: DAPI,CD4 [DAPI]")
     add = parser.add_argument_group("--task cls").add_argument
     add("--model", default="resnet18", metavar="TIMM_NAME", help="[resnet18]")

@@ -83,8 +83,9 @@ def train_segmentation(args, compute):
     if args.compile:
         model.compile()
     print(f"{out}: {args.arch}/{args.encoder}, {config['parameters'] / 1e6:.2f} M parameters, APP {args.app}, "
-          f"{len(train_fields)} training and {len(val_fields)} validation images, {len(crops)} tiles of {args.tile} an "
-          f"epoch, {where(compute)}", flush=True)
+          f"{len(train_fields)} training and {len(val_fields)} validation images, "
+          f"{args.steps * args.batch_size if args.steps else len(crops)} tiles of {args.tile} an epoch, "
+          f"{where(compute)}", flush=True)
 
     # 4. the loop
     weight = torch.tensor(weights_of_classes, device=compute.device)

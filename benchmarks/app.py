@@ -1,5 +1,6 @@
 """What APP costs (the paper's supplement, section 1.2): a training step of our U-Net without it, with the conv form and
-with the linear one, on the same batches, forward and backward pass and optimizer; what is saved, and what inference takes.
+with the linear one, on the same batches, forward and backward pass and optimizer; what is saved, and what inference
+takes.
 
     python benchmarks/app.py
     python benchmarks/app.py --tile 480 --batch 2 --device cuda

@@ -62,13 +62,14 @@ class Trial(dedl.ConvAPP):
         if self.form in ("embed", "denoise"):
             penalty = distance
         elif self.form == "white":
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 flat = (target - target.mean((0, 2, 3), keepdim=True)).permute(1, 0, 2, 3).flatten(1)
                 self.covariance.lerp_(flat @ flat.T / flat.shape[1], 0.1)
                 floor = 1e-3 * self.covariance.trace() / len(self.covariance)
                 inverse = torch.linalg.inv(self.covariance + floor * torch.eye(len(self.covariance)))
             apart = (predicted - target).permute(0, 2, 3, 1)                                # (N, H/8, W/8, E)
-            penalty = ((apart @ inverse) * apart).mean()
+            with torch.autocast("cpu", enabled=False):
+                penalty = ((apart @ inverse) * apart).mean()
         elif self.form in ("recon", "joint"):
             penalty = dedl.cross_entropy(again, truth, class_weights)
         elif self.form == "project":

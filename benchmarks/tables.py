@@ -7,16 +7,19 @@
     python benchmarks/tables.py segmentation --data DIR --vary app=none,conv --vary encoder=resnet18 -- --epochs 5
     python benchmarks/tables.py segmentation --data DIR --split validation --vary app=none --vary lr=1e-3,2e-3
 
-Every cell and seed is a run of train.py, in a folder of its own below --out. What is done is not done again: after a
-kill, or with more --seeds, the same command goes on. All cells get their first seed first. A table of what there is is
-written at the end, also where --minutes end it or runs fail: mean ± standard deviation (n - 1) over the seeds, and for
-each APP the difference to the run without it of the same seed, its mean with the 95 % interval of Student's t.
+Every cell and seed is a run of train.py, in a folder of its own below --out, named by all its settings and the data.
+What is done is not done again: after a kill, or with more --seeds, the same command goes on (after kill -9 once the
+runs that it began, which still go on then, have ended). All cells get their first seed first. A table of what there is
+is written at the end, also where --minutes end it or runs fail: mean ± standard deviation (n - 1) over the seeds, and
+for each APP the difference to the run without it of the same seed, its mean with the 95 % interval of Student's t.
 """
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -27,6 +30,8 @@ from pathlib import Path
 
 import harness
 
+import data
+import models
 import process
 import runs
 import settings
@@ -46,7 +51,7 @@ PAPER_IOU = {
     "unetpp": dict(zip(RESNETS + EFFICIENTNETS, (
         (0.5274, 0.4707), (0.3745, 0.4678), (0.4236, 0.4422), (0.4311, 0.4467), (0.3584, 0.3751), (0.4260, 0.4269),
         (0.3778, 0.3942), (0.3928, 0.4174), (0.4138, 0.4273), (0.3884, 0.3875), (0.4090, 0.4214), (0.3784, 0.4002))))}
-PAPER_F1 = {  # what the published code calls F1 is the micro recall
+PAPER_RECALL = {  # the published code calls it F1
     "resnet18": 0.8635, "resnet34": 0.8277, "resnet50": 0.8499, "resnet101": 0.8710, "efficientnet_b0": 0.8372,
     "efficientnet_b1": 0.8346, "efficientnet_b2": 0.8280, "efficientnet_b3": 0.8369, "efficientnet_b4": 0.8418,
     "efficientnet_b5": 0.8463, "efficientnet_b6": 0.8263, "efficientnet_b7": 0.8129, "dm_nfnet_f0": 0.8204,
@@ -60,12 +65,14 @@ PAPER_F1 = {  # what the published code calls F1 is the micro recall
 TABLES = {
     "segmentation": ("seg", ["iou", "mean_image_iou"], {"arch": ["unet", "unetpp"],
                                                         "encoder": RESNETS + EFFICIENTNETS, "app": APPS}),
-    "classification": ("cls", ["f1_micro", "f1_macro"], {"model": list(PAPER_F1)}),
+    "classification": ("cls", ["f1_micro", "f1_macro", "recall_micro"], {"model": list(PAPER_RECALL)}),
     "efficiency": ("seg", ["iou", "mean_image_iou"], {"limit-train": ["8", "16", "32", "64", "128", "all"],
                                                       "app": ["none", "conv", "linear"]})}
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe & Ito
-TITLES = {"iou": "IoU", "mean_image_iou": "mean image IoU", "f1_micro": "micro-F1", "f1_macro": "macro-F1"}
+TITLES = {"iou": "IoU", "mean_image_iou": "mean image IoU", "f1_micro": "micro-F1", "f1_macro": "macro-F1",
+          "recall_micro": "micro recall"}
 
+OWN = ("task", "data", "out", "seed", "resume", "device", "fold")  # flags that this script sets
 # quantiles 0.975 of Student's t with 1, 2, ... degrees of freedom
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
@@ -80,10 +87,14 @@ def main(argv=None):
     else:
         print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done", flush=True)
         failed = work(waiting, args)
+    for job in jobs:
+        if job.done(args.split) and not args.keep_weights:
+            job.drop_weights()
     text = markdown(jobs, args)
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.table}.md").write_text(text)
+    with process.replacing(args.out / f"{args.table}-{args.split}.md", "w") as handle:
+        handle.write(text)
     if args.plot:
         plot(jobs, args)
     if failed:
@@ -109,6 +120,16 @@ class Job:
         scores = json.loads((self.folder / f"{split}.json").read_text())
         return scores["mean"][name] if "mean" in scores else scores[name]
 
+    def config(self):
+        return json.loads((self.folder / "config.json").read_text())
+
+    def drop_weights(self):
+        """Of 12 encoders and 5 seeds they would take 20 GB. A run chosen by validation keeps its best.pt until it is
+        measured on the test split too."""
+        for file in [*self.folder.glob("*.pt"), *self.folder.glob("fold*/*.pt")]:
+            if file.name == "last.pt" or self.done("test"):
+                file.unlink()
+
 
 def parse_args(argv):
     argv = sys.argv[1:] if argv is None else argv
@@ -119,56 +140,76 @@ def parse_args(argv):
     add("--data", type=Path, default=harness.DATA, help="data folder [%(default)s]")
     add("--out", type=Path, default=Path("runs/tables"), help="the runs' folders, and TABLE.md [%(default)s]")
     add("--vary", action="append", default=[], metavar="FLAG=A,B", help="values of a flag of train.py, in place of the "
-        "table's own or beside them; app: none, conv, linear, with :relu for ReLU; limit-train: all for no limit")
-    add("--seeds", type=number(int, 1), default=5, help="[5]")
+        "table's own or as a further axis; app: none, conv, linear, with :relu for ReLU; limit-train: all for no limit")
+    add("--seeds", type=number(int, 1, len(T) + 1), default=5, help="seeds 1 to N [5]")
     add("--split", choices=["test", "validation"], default="test", help="choose settings by validation alone [test]")
-    add("--minutes", type=number(float, 0), help="begin no run that would not end in this time; at its end stop those "
-        "that still go on: the next call resumes them")
+    add("--minutes", type=number(float, 0.01), help="begin no run that would not end in this time; at its end stop "
+        "those that still go on: the next call resumes them")
     add("--jobs", type=number(int, 1), help="runs at a time, which share devices and cores [one a device]")
-    add("--devices", type=lambda text: text.split(","), metavar="0,1,...", help="CUDA devices to use, or cpu [all]")
+    add("--devices", type=lambda text: text.split(","), metavar="0,1,...", help="CUDA devices to use; or cpu, or mps "
+        "[all that CUDA has, else cpu]")
     add("--keep-weights", action="store_true", help="leave best.pt and last.pt in the folders of finished runs")
     add("--show", action="store_true", help="train nothing: the table of what is there")
-    add("--plot", type=Path, metavar="FILE", help="with one axis of numbers: the scores over it, as PNG")
+    add("--plot", type=Path, metavar="FILE", help="with an axis of whole numbers: the first score over it, as "
+        "PNG (needs matplotlib)")
     args = parser.parse_args(argv[:cut])
     args.flags = argv[cut + 1:]
     args.task, args.scores, axes = TABLES[args.table]
     args.axes = dict(axes)
+    known = {name.replace("_", "-") for name in vars(settings.make_parser("").parse_args([]))}
     for text in args.vary:
-        name, _, values = text.removeprefix("--").partition("=")
-        if not values:
-            parser.error(f"argument --vary: {text} is not of the form FLAG=A,B")
+        name, _, values = text.partition("=")
+        if not values or name not in known or name in OWN:
+            parser.error(f"argument --vary: {text} is not of the form FLAG=A,B, with a flag of train.py but "
+                         f"{', '.join(OWN)}")
         args.axes[name] = values.split(",")
-    if args.plot and not any(all(value.isdecimal() or value == "all" for value in values)
-                             for values in args.axes.values()):
-        parser.error("argument --plot: no flag varies over whole numbers")
+    for flag in args.flags:
+        name = flag[2:].partition("=")[0]
+        if flag.startswith("--") and (name not in known or name in args.axes or name in OWN):
+            parser.error(f"{flag}: behind -- take flags of train.py, but {', '.join([*args.axes, *OWN])}")
+    if args.plot:
+        if not any(map(is_numbers, args.axes.values())):
+            parser.error("argument --plot: no flag varies over whole numbers from 1")
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError:
+            parser.error("argument --plot: needs matplotlib; pip install matplotlib")
     if args.devices is None:
-        cards = harness.torch.cuda.device_count()
-        args.devices = list(map(str, range(cards))) or ["cpu"]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(harness.torch.cuda.device_count())))
+        args.devices = visible.split(",") if harness.torch.cuda.is_available() else ["cpu"]
     args.jobs = args.jobs or len(args.devices)
     return args
 
 
+def is_numbers(values):
+    return all(value == "all" or value.isdecimal() and int(value) for value in values)
+
+
 def plan(args):
-    """All jobs of the table, the first seeds of all cells first. The name of a job's folder tells its flags, by a hash
-    those too that do not vary."""
-    jobs = []
-    for seed in range(1, args.seeds + 1):
-        for values in itertools.product(*args.axes.values()):
-            cell = dict(zip(args.axes, values))
-            flags = [f"--task={args.task}", f"--data={args.data}", *args.flags]
-            for name, value in cell.items():
-                if name == "app":
-                    form, _, activation = value.partition(":")
-                    flags += [f"--app={form}", *([f"--app-activation={activation}"] if activation else [])]
-                elif (name, value) != ("limit-train", "all"):
-                    flags.append(f"--{name}={value}")
-            flags.append(f"--seed={seed}")
-            settings.parse_args(flags)  # ends here, not after hours, where a flag is wrong
-            name = "-".join(value.replace(":", "_").replace("/", "_") for value in values)
-            flagged = [flag for flag in flags if not flag.startswith("--data=")] + [args.data.name]
-            digest = hashlib.sha256(" ".join(sorted(flagged)).encode()).hexdigest()[:8]
-            jobs.append(Job(cell, seed, flags, args.out / f"{name}-seed{seed}-{digest}"))
-    return jobs
+    """All jobs of the table, the first seeds of all cells first. The name of a job's folder tells its cell, and by a
+    hash all of its settings, defaults too, and the images. Ends the program where a run would end by its flags."""
+    for name in ("encoder", "model"):
+        for value in args.axes.get(name, ()):
+            models.check_name(name, value)
+    records, _ = data.find_records(args.data, 1, task=args.task, needs_validation=args.task == "seg")
+    if args.split not in {record.split for record in records}:
+        raise runs.RunError(f"--data {args.data}: has no images of split {args.split}")
+    images, cells = settings.digest(records), []
+    for values in itertools.product(*args.axes.values()):
+        cell = dict(zip(args.axes, values))
+        flags = [f"--task={args.task}", f"--data={args.data}", *args.flags]
+        for name, value in cell.items():
+            if name == "app":
+                form, _, activation = value.partition(":")
+                flags += [f"--app={form}", *([f"--app-activation={activation}"] if activation else [])]
+            elif (name, value) != ("limit-train", "all"):
+                flags.append(f"--{name}={value}")
+        parsed = {flag: str(v) for flag, v in sorted(vars(settings.parse_args(flags)).items())
+                  if flag not in (*OWN, "workers")}
+        digest = hashlib.sha256(f"{parsed} {images}".encode()).hexdigest()[:8]
+        cells.append((cell, flags, "-".join(re.sub(r"[:/]", "_", value) for value in values) + f"-{digest}"))
+    return [Job(cell, seed, [*flags, f"--seed={seed}"], args.out / f"{name}-seed{seed}")
+            for seed in range(1, args.seeds + 1) for cell, flags, name in cells]
 
 
 # ------------------------------------------------------------------------------------------------------------ the work
@@ -192,13 +233,14 @@ def work(waiting, args):
                 free.append(device)
                 bar.update(1)
                 if child.returncode:
-                    said = (job.folder.parent / f"{job.folder.name}.log").read_text(errors="replace").splitlines()
-                    failed.append(f"{job.folder}: {said[-1] if said else child.returncode}")
+                    said = (args.out / f"{job.folder.name}.log").read_text(errors="replace").splitlines()
+                    how = f"killed by signal {-child.returncode}" if child.returncode < 0 else said[-1:]
+                    failed.append(f"{job.folder}: {how}")
                     print(failed[-1], flush=True)
                 else:
                     usual.append(time.monotonic() - since)
                     if not args.keep_weights:
-                        drop_weights(job.folder)
+                        job.drop_weights()
                     shown = ", ".join(f"{TITLES[name]} {job.score(args.split, name):.4f}" for name in args.scores)
                     print(f"{job.folder.name}: {shown}, {usual[-1]:.0f} s", flush=True)
             if time.monotonic() > ends:
@@ -216,28 +258,23 @@ def start(job, device, args):
     """The process of a job, by `one` below. Its output goes to a file beside the folder."""
     environment = dict(os.environ)
     if device == "cpu":
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
-    else:
-        environment["CUDA_VISIBLE_DEVICES"] = device
+        environment["OMP_NUM_THREADS"] = str(max(1, harness.torch.get_num_threads() // args.jobs))
+    elif device != "mps":
+        environment["CUDA_VISIBLE_DEVICES"], device = device, "cuda"
     args.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "one", str(job.folder), args.split, *job.flags,
-               f"--device={'cpu' if device == 'cpu' else 'cuda'}"]
-    with open(args.out / f"{job.folder.name}.log", "w") as log:
+    command = [sys.executable, __file__, "one", str(job.folder), args.split, device, *job.flags]
+    with open(args.out / f"{job.folder.name}.log", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def one(argv):
-    """Trains a run, or goes on with it, and measures it: `tables.py one FOLDER SPLIT flags...`."""
-    folder, split, *flags = argv
-    resumes = (Path(folder) / "config.json").is_file()
-    train.main([*flags, "--out", folder, *(["--resume"] if resumes else [])])
-    test.main([folder, "--split", split])
-
-
-def drop_weights(folder):
-    """Of 12 encoders and 5 seeds they would take 20 GB."""
-    for file in [*folder.glob("*.pt"), *folder.glob("fold*/*.pt")]:
-        file.unlink()
+    """Trains a run, or goes on with it, and measures it: `tables.py one FOLDER SPLIT DEVICE flags...`."""
+    folder, split, device, *flags = argv
+    if not any((Path(folder) / f"{name}.json").is_file() for name in data.SPLITS):  # else its training has ended
+        resumes = (Path(folder) / "config.json").is_file()
+        train.main([*flags, "--device", device, "--out", folder, *(["--resume"] if resumes else [])])
+    amp = {"bfloat16": "bf16", "float16": "fp16"}.get(runs.read_config(Path(folder))["amp"], "off")
+    test.main([folder, "--split", split, "--device", device, "--amp", amp])
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -246,7 +283,7 @@ def mean_and_interval(values):
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return mean, math.nan
-    return mean, (T[n - 2] if n - 2 < len(T) else 1.96) * statistics.stdev(values) / math.sqrt(n)
+    return mean, T[n - 2] * statistics.stdev(values) / math.sqrt(n)
 
 
 def markdown(jobs, args):
@@ -261,7 +298,7 @@ def table(jobs, args, name):
     seeds = range(1, args.seeds + 1)
     scores = {(*sorted(job.cell.items()), job.seed): score for job in jobs
               if (score := job.score(args.split, name)) is not None}
-    apps = args.axes.get("app", [None])
+    apps = sorted(args.axes.get("app", [None]), key=lambda app: app != "none")
     base, others = apps[0], apps[1:]
     rest = {flag: values for flag, values in args.axes.items() if flag != "app"}
     done = {tuple(job.cell[flag] for flag in rest) for job in jobs if job.done(args.split)}
@@ -293,30 +330,32 @@ def table(jobs, args, name):
     else:
         header = [*varied, f"{TITLES[name]}, APP {base}", *itertools.chain.from_iterable(
             (f"APP {app}", f"{app} - {base}, 95 %") for app in others), "seeds"]
-    paper = PAPER_IOU if name == "iou" and others and "limit-train" not in rest else \
-        PAPER_F1 if name == "f1_micro" else {}
+    paper = PAPER_IOU if name == "iou" and base == "none" and others and "limit-train" not in rest else \
+        PAPER_RECALL if name == "recall_micro" else {}
     theirs = ["*paper, private set: without*", "*with APP (GELU)*", "*difference*"] if paper is PAPER_IOU else \
-        ["*paper, private set: \"F1\", a recall*"] if paper else []
+        ["*paper, private set: its \"F1\"*"] if paper else []
     rows = []
     for cell in cells:
         found = [by_seed(cell, app) for app in apps]
         row = [*(cell[flag] for flag in varied), spread(found[0].values())]
         for app, values in zip(others, found[1:]):
             row += [spread(values.values()), difference(list(pairs(cell, app).values()))]
-        row.append("/".join(sorted({str(len(values)) for values in found})))
+        counts = [str(len(values)) for values in found]
+        row.append(counts[0] if len(set(counts)) == 1 else "/".join(counts))
         if paper is PAPER_IOU:
             was = PAPER_IOU.get(cell.get("arch", "unet"), {}).get(cell.get("encoder", "resnet18"))
             row += [f"*{was[0]:.4f}*", f"*{was[1]:.4f}*", f"*{was[1] - was[0]:+.4f}*"] if was else [""] * 3
         elif paper:
-            was = PAPER_F1.get(cell.get("model"))
+            was = PAPER_RECALL.get(cell.get("model"))
             row.append(f"*{was:.4f}*" if was else "")
         rows.append(row)
-    if others and len(cells) > 1:  # of each seed the mean over the cells, where all are there
-        row = ["mean over all", *[""] * (len(varied) - 1), ""]
+    if others and len(cells) > 1:  # of each seed the mean over the cells, as far as all of them have it
+        row = ["mean over lines", *[""] * (len(varied) - 1), ""]
         for app in others:
-            of_cells = [pairs(cell, app) for cell in cells]
-            whole = [seed for seed in seeds if all(seed in pair for pair in of_cells)]
-            row += ["", difference([statistics.fmean(pair[seed] for pair in of_cells) for seed in whole])]
+            of_cells = [pair for cell in cells if (pair := pairs(cell, app))]
+            whole = [seed for seed in seeds if of_cells and all(seed in pair for pair in of_cells)]
+            row += [f"of {len(of_cells)}", difference([statistics.fmean(pair[seed] for pair in of_cells)
+                                                       for seed in whole])]
         rows.append([*row, "", *[""] * len(theirs)])
     return ["| " + " | ".join(row) + " |" for row in ([*header, *theirs], ["---"] * len(header + theirs), *rows)]
 
@@ -326,12 +365,12 @@ def about(jobs, args):
     made = {}
     for job in jobs:
         if job.done(args.split):
-            config = json.loads((job.folder / "config.json").read_text())
+            config = job.config()
             versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-            where = f"{config['device']}, {config['threads']} threads a run, {config['amp']}; {versions}"
+            where = (f"{config['device']}, {config['threads']} threads each, {config['amp']}, first weights "
+                     f"{config['weights_used']}; {versions}")
             made[where] = made.get(where, 0) + 1
-    command = ["python", "benchmarks/tables.py", *sys.argv[1:]]
-    return [f"`{' '.join(command)}`", "",
+    return [f"`python benchmarks/tables.py {shlex.join(sys.argv[1:])}`", "",
             f"{sum(made.values())} of {len(jobs)} runs, measured on the {args.split} split of {args.data.name}.",
             *(f"{number} runs on {where}." for where, number in made.items())]
 
@@ -341,18 +380,17 @@ def plot(jobs, args):
     axes; and, where APP varies, the differences to the runs without it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
-    axis = next(name for name, values in args.axes.items() if all(v.isdecimal() or v == "all" for v in values))
+    axis = next(name for name, values in args.axes.items() if is_numbers(values))
     lines, used = {}, {}
     for job in jobs:
         score = job.score(args.split, args.scores[0])
         if score is None:
             continue
         value = job.cell[axis]
-        used[value] = json.loads((job.folder / "config.json").read_text())["train_images_used"] if value == "all" \
-            else int(value)
+        used[value] = job.config()["train_images_used"] if axis == "limit-train" else int(value)
         name = ", ".join(v for flag, v in job.cell.items() if flag != axis and len(args.axes[flag]) > 1)
         lines.setdefault(name, {}).setdefault(value, {})[job.seed] = score
-    apps = args.axes.get("app", [])
+    apps = sorted(args.axes.get("app", []), key=lambda app: app != "none")
     compares = len(apps) > 1 and all(flag in (axis, "app") or len(v) == 1 for flag, v in args.axes.items())
     figure = Figure((5.5 * (1 + compares), 3.6), dpi=110, layout="constrained")
     panels = figure.subplots(1, 1 + compares, squeeze=False)[0]
@@ -367,7 +405,7 @@ def plot(jobs, args):
             shown = [(used[v], *mean_and_interval(found)) for v, found in values.items() if found]
             if shown:
                 x, mean, beyond = zip(*sorted(shown))
-                panel.errorbar([at * shift for at in x], mean, [0 if math.isnan(b) else b for b in beyond], marker="o",
+                panel.errorbar([at * shift for at in x], mean, beyond, marker="o",
                                markersize=4, capsize=3, linewidth=1.2, color=COLOURS[place % len(COLOURS)],
                                label=f"APP {name}" if compares else name)
     for panel in panels:
@@ -377,7 +415,7 @@ def plot(jobs, args):
         panel.set_xlabel("training images" if axis == "limit-train" else axis)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(f"{args.split} {TITLES[args.scores[0]]}, {args.seeds} seeds, 95 % interval")
+    panels[0].set_ylabel(f"{args.split} {TITLES[args.scores[0]]}, mean and 95 % interval")
     if len(lines) > 1:
         panels[0].legend(frameon=False)
     if compares:
