@@ -9,18 +9,19 @@ import models
 import process
 import runs
 
-# What a flag that is not given falls back to. paper: the published recipe. short: one cycle to a large learning rate,
-# for short runs from random weights. Without --data and --recipe: short, with what the small synthetic fields need.
+# What a flag that is not given falls back to. paper: the published recipe. short: what worked best from random weights,
+# one cycle to a large learning rate; seg: many steps of small tiles. Without --data and --recipe: short, with what the
+# small synthetic set needs. steps 0: one pass over the tiles.
 RECIPES = {
     "seg": {"paper": dict(lr=3.6e-4, weight_decay=1e-5, batch_size=16, epochs=50, patience=5, class_weights="auto",
-                          tile=480),
-            "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=4, epochs=5, patience=0, class_weights="equal",
-                          tile=256)},
+                          tile=480, steps=0, depth=3),
+            "short": dict(lr=1e-3, weight_decay=1e-2, batch_size=8, epochs=5, patience=0, class_weights="equal",
+                          tile=128, steps=300, depth=5)},
     "cls": {"paper": dict(lr=3e-4, weight_decay=0.0, batch_size=16, epochs=20, patience=5, class_weights="auto",
                           image_size=384),
             "short": dict(lr=5e-4, weight_decay=1e-2, batch_size=8, epochs=60, patience=0, class_weights="equal",
                           image_size=160)}}
-RECIPES["seg"]["synthetic"] = {**RECIPES["seg"]["short"], "batch_size": 8, "epochs": 3, "tile": 128}
+RECIPES["seg"]["synthetic"] = {**RECIPES["seg"]["short"], "epochs": 3, "steps": 100}
 RECIPES["cls"]["synthetic"] = {**RECIPES["cls"]["short"], "lr": 1e-3, "epochs": 30, "image_size": 128}
 PLACE = ("out", "resume", "workers", "device", "amp", "deterministic", "fold")  # may be others when a run goes on
 ONLY = {"seg": ("arch", "encoder", "depth", "app", "app_activation", "app_weight", "tile", "channel", "steps"),
@@ -40,7 +41,7 @@ def make_parser(description):
     add("--data", type=Path, help="data folder (see README) [the built-in synthetic set, made on first use]")
     add("--out", type=Path, help="the run's folder [runs/<name that tells the setting>; to resume: the newest]")
     add("--recipe", choices=["paper", "short"], help="the optimizer, its schedule, of cls the augmentation, and "
-        "defaults of the next flags [paper; without --data short, made shorter]")
+        "defaults of the next flags [seg: short, cls: paper; without --data short, made shorter]")
     add("--epochs", type=number(int, 1), help=default("epochs"))
     add("--batch-size", type=number(int, 1), help=f"tiles or pictures a step {default('batch_size')}")
     add("--lr", type=number(float, 1e-12), help=f"largest learning rate {default('lr')}")
@@ -65,13 +66,13 @@ def make_parser(description):
     add = parser.add_argument_group("--task seg").add_argument
     add("--arch", choices=list(models.DECODERS), default="unet", help="[unet]")
     add("--encoder", default="resnet18", metavar="TIMM_NAME", help="[resnet18]")
-    add("--depth", type=int, choices=[2, 3, 4, 5], default=3, help="encoder stages; deeper sees farther around [3]")
+    add("--depth", type=int, choices=[2, 3, 4, 5], help=f"encoder stages; deeper sees farther {default('depth')}")
     add("--app", choices=["conv", "linear", "none"], default="conv", help="autoencoder post-processing loss [conv]")
     add("--app-activation", choices=list(dedl.ACTIVATIONS), default="gelu", help="[gelu]")
     add("--app-weight", type=number(float, 0), default=1.0, help="factor of APP's penalty [1]")
     add("--tile", type=number(int, 16, 16384), help=f"side of a tile in pixels {default('tile')}")
-    add("--steps", type=number(int, 1, 10 ** 6), metavar="N", help="training steps an epoch, from as many passes over "
-        "the tiles as that takes [one pass]")
+    add("--steps", type=number(int, 0, 10 ** 6), metavar="N", help="training steps an epoch, from as many passes over "
+        f"the tiles as that takes, or a part of one; 0: one pass {default('steps')}")
     add("--channel", default="DAPI", help="page of a multi-page TIFF by name, or several: DAPI,CD4 [DAPI]")
     add = parser.add_argument_group("--task cls").add_argument
     add("--model", default="resnet18", metavar="TIMM_NAME", help="[resnet18]")
@@ -106,8 +107,9 @@ def parse_args(argv=None, description=None):
             parser.error(f"argument --{name.replace('_', '-')}: is not for --task {args.task}")
         delattr(args, name)
     recipes = RECIPES[args.task]
-    defaults = recipes[args.recipe] if args.recipe else recipes["paper"] if args.data else recipes["synthetic"]
-    args.recipe = args.recipe or ("paper" if args.data else "short")
+    usual = "short" if args.task == "seg" or not args.data else "paper"
+    defaults = recipes[args.recipe or (usual if args.data else "synthetic")]
+    args.recipe = args.recipe or usual
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -1,8 +1,8 @@
 """Trains a model on a data folder, or on the built-in synthetic set.
 
     python train.py --task seg                          the synthetic set, a few minutes on two CPU cores
-    python train.py --task seg --data DIR               your data, the paper's recipe
-    python train.py --task seg --data DIR --recipe short --depth 5
+    python train.py --task seg --data DIR               your data
+    python train.py --task seg --data DIR --recipe paper
     python train.py --task cls --data DIR               phenotypes, several an image, in a cross-validation of 6 folds
     python train.py --task cls --data DIR --fold 2      one of these folds alone
     python train.py --resume                            go on with the newest run after an interruption
@@ -368,11 +368,11 @@ class Batches:
     """The indices of each batch of an epoch, in an order drawn from `seed`. Of several processes each gets its part of
     every batch; a rest too small to give each of them two images joins the batch before it.
 
-    drop_last: without a smaller batch at the end. steps: so many batches, None for one pass; the n-th pass has the
-    indices from n * count on. whole: the batches as all processes share them.
+    drop_last: without a smaller batch at the end. steps: so many batches, 0 for one pass; the n-th pass has the indices
+    from n * count on. whole: the batches as all processes share them.
     """
 
-    def __init__(self, count, size, seed, drop_last=False, steps=None):
+    def __init__(self, count, size, seed, drop_last=False, steps=0):
         generator = torch.Generator().manual_seed(seed)
         torch.empty((), dtype=torch.int64).random_(generator=generator)  # README's figures are of the order after this
         wanted = steps * size if steps else count
@@ -402,7 +402,7 @@ def make_loader(dataset, args, compute, epoch, drop_last=False):
     dataset.noted = torch.zeros(args.workers, 2, dtype=torch.int64).share_memory_()
     drop_last = drop_last or (args.compile and len(dataset) > args.batch_size)  # another size would be compiled anew
     batches = Batches(len(dataset), args.batch_size, args.seed * 1_000_003 + epoch, drop_last,
-                      args.steps if args.task == "seg" else None)
+                      args.steps if args.task == "seg" else 0)
     return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, generator=torch.Generator(),
                       pin_memory=compute.device.type == "cuda")
 

@@ -66,7 +66,7 @@ def main(argv=None):
 def ours(fields, app, args, compute):
     """A function that trains one epoch as train.py does, and how many tiles that are."""
     flags = dict(recipe="short", depth=args.depth, tile=args.tile, app=app, batch_size=args.batch,
-                 workers=args.workers, epochs=100)
+                 workers=args.workers, epochs=100, steps=0)
     settings = train.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in flags.items()])
     setting = dict(in_channels=len(fields[0].image), depth=args.depth,
                    decoder_channels=models.default_decoder_channels(args.depth))

@@ -186,8 +186,8 @@ def is_numbers(values):
 
 
 def plan(args):
-    """All jobs of the table, the first seeds of all cells first. The name of a job's folder tells its cell, and by a
-    hash all of its settings, defaults too, and the images. Ends the program where a run would end by its flags."""
+    """All jobs of the table, the first seeds of all cells first. The name of a job's folder tells the network, and
+    by a hash all of its settings, defaults too, and the images. Ends the program where a run would end by its flags."""
     for name in ("encoder", "model"):
         for value in args.axes.get(name, ()):
             models.check_name(name, value)
@@ -207,7 +207,9 @@ def plan(args):
         parsed = {flag: str(v) for flag, v in sorted(vars(settings.parse_args(flags)).items())
                   if flag not in (*OWN, "workers")}
         digest = hashlib.sha256(f"{parsed} {images}".encode()).hexdigest()[:8]
-        cells.append((cell, flags, "-".join(re.sub(r"[:/]", "_", value) for value in values) + f"-{digest}"))
+        told = [parsed.get(flag, "None") for flag in ("arch", "encoder", "app", "model", "limit_train")]
+        name = "-".join(re.sub(r"\W", "_", value) for value in told if value != "None")
+        cells.append((cell, flags, f"{name}-{digest}"))  # tables share the runs that they have in common
     return [Job(cell, seed, [*flags, f"--seed={seed}"], args.out / f"{name}-seed{seed}")
             for seed in range(1, args.seeds + 1) for cell, flags, name in cells]
 

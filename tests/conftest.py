@@ -110,8 +110,8 @@ def script(capfd, tmp_path, monkeypatch):
     return call
 
 
-TRAIN = ("--task", "seg", "--recipe", "short", "--tile", "32", "--epochs", "1", "--depth", "2", "--weights", "none",
-         "--device", "cpu")
+TRAIN = ("--task", "seg", "--recipe", "short", "--tile", "32", "--epochs", "1", "--steps", "0", "--depth", "2",
+         "--weights", "none", "--device", "cpu")
 
 
 CLASSIFY = ("--task", "cls", "--recipe", "short", "--model", "test_resnet", "--image-size", "32", "--epochs", "2",

@@ -92,16 +92,18 @@ def test_weights_of_the_loss_reach_the_network(tiny, tmp_path):
 
 
 def test_the_paper_recipe_and_its_schedule():
-    args = train.parse_args(["--data", "x"])
+    args = train.parse_args(["--data", "x", "--recipe", "paper"])
     assert (args.recipe, args.lr, args.weight_decay, args.batch_size, args.epochs, args.patience, args.class_weights,
-            args.tile, args.depth, args.app) == ("paper", 3.6e-4, 1e-5, 16, 50, 5, "auto", 480, 3, "conv")
+            args.tile, args.steps, args.depth, args.app) == (
+                "paper", 3.6e-4, 1e-5, 16, 50, 5, "auto", 480, 0, 3, "conv")
     rates = [train.learning_rate(args, epoch) for epoch in (0, 0.9, 25, 50, 80)]
     assert rates == pytest.approx([3.6e-4, 3.6e-4, 3.5e-4, 3.4e-4, 3.4e-4])
-    short = train.parse_args(["--recipe", "short", "--epochs", "10"])
+    short = train.parse_args(["--data", "x", "--epochs", "10"])
     rates = [train.learning_rate(short, epoch / 100) for epoch in range(1001)]
-    assert max(rates) == pytest.approx(2e-3, rel=0.01) and rates.index(max(rates)) == pytest.approx(200, abs=2)
-    assert rates[0] < 2e-4 and rates[-1] < 1e-6 and np.abs(np.diff(rates)).max() < 2e-4
-    assert train.parse_args([]).tile == 128 and train.parse_args(["--recipe", "short"]).tile == 256
+    assert max(rates) == pytest.approx(1e-3, rel=0.01) and rates.index(max(rates)) == pytest.approx(200, abs=2)
+    assert rates[0] < 1e-4 and rates[-1] < 1e-6 and np.abs(np.diff(rates)).max() < 1e-4
+    assert (short.tile, short.steps, short.depth, short.batch_size, short.recipe) == (128, 300, 5, 8, "short")
+    assert train.parse_args([]).steps == 100 and train.parse_args(["--recipe", "short"]).steps == 300
 
 
 def read_metrics(run):
