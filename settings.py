@@ -10,18 +10,19 @@ import process
 import runs
 
 # What a flag that is not given falls back to. paper: the published recipe. short: what worked best from random weights,
-# one cycle to a large learning rate; seg: many steps of small tiles. Without --data and --recipe: short, with what the
-# small synthetic set needs. steps 0: one pass over the tiles.
+# one cycle to a large learning rate. Without --data and --recipe: short, with what the small synthetic set needs.
+# steps 0: one pass over the tiles.
 RECIPES = {
     "seg": {"paper": dict(lr=3.6e-4, weight_decay=1e-5, batch_size=16, epochs=50, patience=5, class_weights="auto",
                           tile=480, steps=0, depth=3),
-            "short": dict(lr=1e-3, weight_decay=1e-2, batch_size=8, epochs=5, patience=0, class_weights="equal",
-                          tile=128, steps=300, depth=5)},
+            "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=4, epochs=5, patience=0, class_weights="equal",
+                          tile=256, steps=0, depth=5)},
     "cls": {"paper": dict(lr=3e-4, weight_decay=0.0, batch_size=16, epochs=20, patience=5, class_weights="auto",
                           image_size=384),
             "short": dict(lr=5e-4, weight_decay=1e-2, batch_size=8, epochs=60, patience=0, class_weights="equal",
                           image_size=160)}}
-RECIPES["seg"]["synthetic"] = {**RECIPES["seg"]["short"], "epochs": 3, "steps": 100}
+RECIPES["seg"]["synthetic"] = {**RECIPES["seg"]["short"], "lr": 1e-3, "batch_size": 8, "epochs": 3, "tile": 128,
+                               "steps": 100}
 RECIPES["cls"]["synthetic"] = {**RECIPES["cls"]["short"], "lr": 1e-3, "epochs": 30, "image_size": 128}
 PLACE = ("out", "resume", "workers", "device", "amp", "deterministic", "fold")  # may be others when a run goes on
 ONLY = {"seg": ("arch", "encoder", "depth", "app", "app_activation", "app_weight", "tile", "channel", "steps"),
