@@ -58,7 +58,8 @@ def assert_same(found, expected):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arch, depth, encoder", [("unet", 3, "test_efficientnet"), ("unetpp", 2, "test_vit")])
+@pytest.mark.parametrize("arch, depth, encoder", [
+    pytest.param("unet", 3, "test_efficientnet", marks=pytest.mark.slow), ("unetpp", 2, "test_vit")])
 def test_a_segmentation_works_without_the_project(arch, depth, encoder, script, tmp_path):
     """A transformer's maps are resampled, of 16 x 16 pixels they are one cell."""
     run, file = untrained(tmp_path / "run", arch, depth, encoder, channels=2), tmp_path / "model.pt2"

@@ -49,6 +49,7 @@ def test_two_processes_train_a_network_without_batchnorm_as_one_does(coloured, s
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_segmentation_changes_its_number_of_processes(tiny, script, tmp_path):
     """One process, then two, then one; what two measure is what one measures with the same weights."""
     run, settings = tmp_path / "run", ["--amp", "off", "--recipe", "paper", "--epochs"]

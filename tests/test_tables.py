@@ -91,7 +91,22 @@ def test_means_and_paired_differences(tables, tiny, tmp_path):
     assert "+0.0150 [-0.0485, +0.0785]" in lines["mean over lines"]   # over the two seeds that all cells have
 
 
-def test_trains_goes_on_after_a_kill_and_skips_what_is_done(tiny, tmp_path):
+def test_what_is_done_is_not_done_again(tables, tiny, tmp_path, capfd):
+    flags = ["efficiency", "--data", str(tiny), "--out", str(tmp_path), "--seeds", "1", "--vary", "limit-train=2,all",
+             "--vary", "app=conv", "--devices", "cpu", "--plot", str(tmp_path / "plot.png"), "--", *SMALL]
+    for job in tables.plan(tables.parse_args(flags)):
+        tables.one([str(job.folder), "test", "cpu", *job.flags])
+    assert len(list(tmp_path.glob("*/best.pt"))) == 2
+    capfd.readouterr()
+    tables.main(flags)                                                # without a further process
+    said = capfd.readouterr().out
+    assert "of them done" not in said and "2 of 2 runs, measured on the test split" in said
+    assert len(re.findall(r"^\| (?:2|all) \| [\d.]+ \| 1 \|", said, re.M)) == 4  # IoU, mean image IoU
+    assert (tmp_path / "plot.png").is_file() and not list(tmp_path.glob("*/*.pt"))
+
+
+@pytest.mark.slow
+def test_goes_on_after_a_kill(tiny, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "efficiency", "--data", str(tiny), "--out",
                str(out), "--seeds", "1", "--vary", "limit-train=2", "--vary", "app=conv", "--plot",
@@ -109,5 +124,3 @@ def test_trains_goes_on_after_a_kill_and_skips_what_is_done(tiny, tmp_path):
     assert len(re.findall(r"^\| 2 \| [\d.]+ \| 1 \|", second.stdout, re.M)) == 2   # IoU, mean image IoU
     assert all("going on after epoch" in log.read_text() for log in out.glob("*.log"))
     assert (tmp_path / "plot.png").is_file() and not list(out.glob("*/*.pt"))
-    third = subprocess.run(command, capture_output=True, text=True)
-    assert "of them done" not in third.stdout and "1 of 1 runs" in third.stdout
