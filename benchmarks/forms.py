@@ -25,8 +25,9 @@ class Trial(dedl.ConvAPP):
     """form: embed, the distance of embeddings; recon, the cross-entropy of the prediction's reconstruction, the
     autoencoder learning from true masks alone; joint, the same with the autoencoder learning from it; denoise, as embed
     with an autoencoder that restores damaged masks; white, the distance with all directions of the embedding scaled to
-    variance 1 (Mahalanobis); project, the cross-entropy of the logits against the
-    reconstruction of the prediction by that. pretrained: the autoencoder has learnt before, and learns no more."""
+    variance 1 (Mahalanobis); nolag, as embed with the variance of this batch alone; percept, the distance of all maps
+    of the encoder; project, the cross-entropy of the logits against the reconstruction of the prediction by that.
+    pretrained: the autoencoder has learnt before, and learns no more."""
 
     def __init__(self, form, pretrained):
         super().__init__()
@@ -70,6 +71,19 @@ class Trial(dedl.ConvAPP):
             apart = (predicted - target).permute(0, 2, 3, 1)                                # (N, H/8, W/8, E)
             with torch.autocast("cpu", enabled=False):
                 penalty = ((apart @ inverse) * apart).mean()
+        elif self.form == "nolag":
+            penalty = ((predicted - target) ** 2).mean() / target.var((0, 2, 3)).mean().clamp(min=1e-3 * self.variance)
+        elif self.form == "percept":
+            x = torch.cat([probabilities, one_hot])
+            penalty, n = 0, len(logits)
+            down, right = -x.shape[-2] % 8, -x.shape[-1] % 8
+            x = F.pad(x, (0, right, 0, down), mode="replicate")
+            for layer in self.autoencoder.encoder:
+                x = layer(x)
+                if not isinstance(layer, torch.nn.GELU):
+                    p, t = x.float().split(n)
+                    t = t.detach()
+                    penalty = penalty + ((p - t) ** 2).mean() / t.var((0, 2, 3)).mean().clamp(min=1e-6) / 3
         elif self.form in ("recon", "joint"):
             penalty = dedl.cross_entropy(again, truth, class_weights)
         elif self.form == "project":
