@@ -10,17 +10,18 @@ The loss of a training step is   L = CE_w(z, y) + app_weight * penalty + own   w
 
 conv (this project's form). A convolutional autoencoder D(E(.)) learns what masks look like; its encoder E says how far
 the prediction is from the truth as a *shape*:
-    penalty = mean[(E(softmax z) - E(Y))^2] / v,   v = running mean of var[E(Y)]
+    penalty = mean[d^T S^-1 d] / E,   d = E(softmax z) - E(Y) at a position,   S = running covariance of E(Y)  (E, E)
     own     = CE(D(E(Y)), y)
   - `own` is the only term that trains the autoencoder, and it sees true masks alone. So E and D model nuclei, not the
     network's errors.
   - `penalty` trains the network alone: in it E's weights and E(Y) are constants. If the penalty trained E as well, it
     would be least for an E that maps everything to one point: the embedding would collapse and the penalty vanish.
-  - The scale of an embedding is arbitrary (D can undo any factor), and it drifts while E learns. Divided by v, the
-    variance of E(Y) over batch and positions, mean over channels, the penalty has no scale: 0 for a perfect prediction,
-    about 1 for one that embeds to the mean, about 2 for the mask of another image. app_weight then means the same at
-    any time and for any autoencoder. v is a running mean over about 10 steps, so that a batch without a nucleus, whose
-    variance is 0, does no harm; it starts from 1, so that an embedding that is still noise counts little.
+  - The axes of an embedding are arbitrary (D can undo any linear map), they drift while E learns, and nearly all of its
+    variance lies along one: how much of a cell is nucleus. Hence the Mahalanobis distance, in which each direction has
+    variance 1. Whatever the autoencoder, the penalty is 0 for a perfect prediction, about 1 for one that embeds to the
+    mean, about 2 for the mask of another image. S is a running mean over about 10 steps, so that a batch without a
+    nucleus, whose covariance is 0, does no harm; it starts from 1, so that an embedding that is still noise counts
+    little; a thousandth of its mean variance is added to each direction's, so that it can be inverted.
   - `own` and CE share no weights, so no factor between them is needed (Adam is invariant to one anyway).
 
 linear (as published). A row-wise autoencoder A, a stack of Linear layers along the width, gets the logits themselves:
@@ -97,7 +98,7 @@ class ConvAPP(nn.Module):
     def __init__(self, classes=2, activation="gelu"):
         super().__init__()
         self.autoencoder = ConvAutoencoder(classes, activation=activation)
-        self.register_buffer("variance", torch.ones(()))
+        self.register_buffer("covariance", torch.eye(self.autoencoder.encoder[-1].out_channels))
 
     def forward(self, logits, truth, class_weights=None):
         classes = torch.arange(logits.shape[1], device=truth.device)[:, None, None]
@@ -105,11 +106,21 @@ class ConvAPP(nn.Module):
         embedding = self.autoencoder.encode(one_hot)                                   # (N, E, H/8, W/8)
         own = cross_entropy(self.autoencoder.decode(embedding, truth.shape[-2:]).float(), truth)
         target = embedding.detach().float()
-        self.variance.lerp_(target.var((0, 2, 3)).mean(), 0.1)
         self.autoencoder.requires_grad_(False)  # the gradient passes through E to the logits and stops there
-        predicted = self.autoencoder.encode(logits.softmax(1)).float()                 # (N, E, H/8, W/8)
+        apart = self.autoencoder.encode(logits.softmax(1)).float() - target            # (N, E, H/8, W/8)
         self.autoencoder.requires_grad_(True)
-        return ((predicted - target) ** 2).mean() / self.variance.clamp(min=1e-6), own
+        apart = apart.movedim(1, -1)
+        with torch.autocast(logits.device.type, enabled=False):
+            return ((apart @ self.precision(target)) * apart).mean(), own
+
+    @torch.no_grad()
+    def precision(self, target):
+        """The inverse (E, E) of the covariance, brought up to date with embeddings (N, E, h, w) of true masks."""
+        flat = target.transpose(0, 1).flatten(1)                                       # (E, N h w)
+        self.covariance.lerp_(flat.cov(correction=0), 0.1)
+        floor = 1e-3 * self.covariance.diagonal().mean().clamp(min=1e-6)
+        identity = torch.eye(len(flat), device=flat.device)
+        return torch.linalg.inv_ex(self.covariance + floor * identity).inverse  # inv_ex: no wait for the GPU
 
 
 class LinearAPP(nn.Module):

@@ -44,21 +44,33 @@ def test_conv_penalty_under_autocast_has_the_same_gradients():
     assert all(p.grad.abs().sum() > 0 for p in app.parameters())
 
 
-def test_conv_penalty_is_least_at_the_truth_and_has_no_scale():
+def test_conv_penalty_is_least_at_the_truth_and_has_neither_scale_nor_axes():
     torch.manual_seed(0)
     app, truth = dedl.ConvAPP(), masks()
 
     def settled(other):
-        """The penalty of predicting `other`, when the running variance has come to rest."""
-        return [app(logits_of(other, 20), truth)[0].item() for _ in range(150)][-1]
+        """The penalty of predicting `other`, when the running covariance has come to rest."""
+        return [app(logits_of(other, 20), truth)[0].item() for _ in range(250)][-1]
 
     assert settled(truth) < 1e-6
     wrong = settled(truth.roll(1, 0))
     assert 0.5 < wrong < 4
-    with torch.no_grad():  # the same embedding in another unit
+    turn = torch.linalg.qr(torch.randn(16, 16))[0]
+    with torch.no_grad():  # the same embedding in another unit, along other axes
         for p in app.autoencoder.encoder[-1].parameters():
-            p.mul_(10)
+            p.copy_((10 * turn @ p.flatten(1)).view_as(p) if p.dim() > 1 else 10 * turn @ p)
     assert settled(truth.roll(1, 0)) == pytest.approx(wrong, rel=0.01)
+
+
+def test_conv_penalty_weighs_each_direction_of_the_embedding_alike():
+    """One standard deviation costs as much along a direction in which the embeddings hardly vary."""
+    torch.manual_seed(0)
+    app = dedl.ConvAPP()
+    scale = torch.ones(16)
+    scale[1:] = 0.1
+    for _ in range(100):
+        precision = app.precision(torch.randn(8, 16, 16, 16) * scale[:, None, None])
+    assert torch.allclose(precision.diagonal() * scale ** 2, torch.ones(16), atol=0.1)
 
 
 def test_conv_autoencoder_learns_masks_and_does_not_collapse():
