@@ -5,8 +5,8 @@ the cross-entropy's while a network trains with it. Needs scipy.
     python benchmarks/why_app.py --data DIR --app linear --limit-train 16 --seeds 1
 
 1. Edits of validation masks, each of as many pixels as the tile's nucleus of median size has: the penalty of the conv
-   form for an edit, in ratio to that many scattered background pixels. For the cross-entropy all are alike. Its
-   autoencoder has learnt true masks of the training fields alone.
+   form for an edit, and the plain distance of the embeddings, in ratio to that many scattered background pixels. For
+   the cross-entropy all are alike. The autoencoder has learnt true masks of the training fields alone.
 2. A training (train.py's short recipe, tiles of 128), at some of its steps: the penalty's gradient at the logits, its
    norm in ratio to the cross-entropy's and the cosine between the two; of the conv form how many directions the
    embedding of true masks has (participation ratio of the covariance's eigenvalues) and the IoU of the truth's and of
@@ -51,26 +51,27 @@ def weigh_edits(args):
     from scipy import ndimage
     records, _ = data.find_records(args.data, 1)
     fields = {split: data.read_fields([r for r in records if r.split == split]) for split in ("train", "validation")}
-    app = taught(data.Crops(fields["train"], TILE), 400)
-    rng, crops, ratios = np.random.default_rng(0), data.Crops(fields["validation"], TILE), {}
+    app, precision = taught(data.Crops(fields["train"], TILE), 400)
+    rng, crops, found = np.random.default_rng(0), data.Crops(fields["validation"], TILE), {}
     for index in range(400):
         truth = crops[index][1]
         edits = edits_of(truth.numpy().astype(bool), ndimage, rng)
         if not edits:
             continue
-        with torch.no_grad():
-            embedding = app.autoencoder.encode(one_hot(truth[None]))
-            distances = {name: ((app.autoencoder.encode(one_hot(torch.from_numpy(mask).long()[None])) - embedding) ** 2)
-                         .mean().item() for name, mask in edits.items()}
-        for name, distance in distances.items():
-            ratios.setdefault(name, []).append(distance / distances["pixels scattered over the background"])
-    print("Penalty of the conv form for an edit of as many pixels, in ratio to scattered ones, median\n")
-    harness.table(["edit", "penalty", "masks"], [[name, f"{statistics.median(found):.1f}", len(found)]
-                                                 for name, found in ratios.items()])
+        masks = torch.stack([truth, *(torch.from_numpy(mask).long() for mask in edits.values())])
+        embedding = encode(app, masks).movedim(1, -1)                                     # (1 + edits, h, w, E)
+        apart = embedding[1:] - embedding[0]
+        penalty, plain = ((apart @ precision) * apart).mean((1, 2, 3)), (apart ** 2).mean((1, 2, 3))
+        for number, name in enumerate(edits):
+            found.setdefault(name, []).append((penalty[number] / penalty[-1], plain[number] / plain[-1]))
+    print("An edit's penalty, in ratio to that of as many scattered pixels, median\n")
+    harness.table(["edit", "penalty", "plain distance", "masks"],
+                  [[name, *(f"{statistics.median(column):.1f}" for column in zip(*rows)), len(rows)]
+                   for name, rows in found.items()])
 
 
 def taught(crops, steps):
-    """The conv form with an autoencoder that has learnt from true masks."""
+    """The conv form after learning from true masks, and the inverse covariance of its embeddings."""
     torch.manual_seed(0)
     app = dedl.ConvAPP()
     optimizer = torch.optim.AdamW(app.parameters(), lr=2e-3)
@@ -79,7 +80,13 @@ def taught(crops, steps):
         optimizer.zero_grad()
         dedl.cross_entropy(app.autoencoder(one_hot(truth)), truth).backward()
         optimizer.step()
-    return app
+        precision = app.precision(encode(app, truth))
+    return app, precision
+
+
+@torch.no_grad()
+def encode(app, truth):
+    return app.autoencoder.encode(one_hot(truth))
 
 
 def edits_of(mask, ndimage, rng):
@@ -92,7 +99,7 @@ def edits_of(mask, ndimage, rng):
     nucleus, pixels = labels == number, int(sizes[number - 1])
     places = {"nuclei's border pixels taken away": mask & ~ndimage.binary_erosion(mask, border_value=1),
               "pixels added around nuclei": ndimage.binary_dilation(mask) & ~mask,
-              "pixels scattered over the background": ~mask}
+              "pixels scattered over the background": ~mask}  # the last, for the ratios
     elsewhere = np.roll(nucleus, rng.integers(0, mask.shape), (0, 1))
     if pixels < 60 or (elsewhere & mask).any() or min(map(np.sum, places.values())) < pixels:
         return {}
