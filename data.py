@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -349,7 +350,11 @@ class ReadInTurn(torch.utils.data.Dataset):
 def naming_files(dataset):
     """Turns what a loader process of a ReadInTurn fails by, or its death, into a DataError that names the file."""
     try:
-        yield
+        try:
+            yield
+        except (ConnectionError, EOFError):  # it died while it handed over a batch; which one did, the loader says by
+            time.sleep(5)                    # a RuntimeError as soon as the system tells it, and so out of this sleep
+            raise
     except DataError as error:  # of a loader process it holds a whole traceback
         raise DataError(str(error).strip().splitlines()[-1].removeprefix("reading.DataError: ")) from error
     except RuntimeError as error:

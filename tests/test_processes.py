@@ -1,9 +1,12 @@
 """Several processes: torchrun's, which share each batch, and the loader's, which may die."""
 import csv
+import errno
+import multiprocessing.resource_sharer
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -159,3 +162,21 @@ def test_a_loader_process_that_ends_names_its_file(coloured, script, tmp_path, m
     status, _, err = script(train, "--data", coloured, *CLASSIFY, "--workers", 1, "--out", tmp_path / "run")
     assert status == 2 and err.startswith(f"error: {coloured / 'picture7.png'}: ") and err.count("\n") == 1, err
     assert ("died while it read this" if how == "killed" else "cannot be read") in err
+
+
+def test_a_loader_process_that_dies_while_it_hands_over_names_its_file(coloured, script, tmp_path, monkeypatch):
+    """The parent, which fetches a batch from it, finds the connection gone before it hears of the death."""
+    parent, sharer = os.getpid(), multiprocessing.resource_sharer._resource_sharer
+    connect = sharer.get_connection
+
+    def get_connection(ident):
+        if os.getpid() != parent:
+            return connect(ident)
+        child = multiprocessing.active_children()[0].pid
+        threading.Timer(0.5, os.kill, (child, signal.SIGKILL)).start()
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    monkeypatch.setattr(sharer, "get_connection", get_connection)
+    status, _, err = script(train, "--data", coloured, *CLASSIFY, "--workers", 1, "--out", tmp_path / "run")
+    assert status == 2 and err.startswith(f"error: {coloured / 'picture'}") and err.count("\n") == 1, err
+    assert "died while it read this" in err
