@@ -1,4 +1,5 @@
 """What the tests share: a tiny data folder, a way to run the scripts in this process, where the real data lie."""
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"
-torch.set_num_threads(2)
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # pytest -n 2: each of the two tests at a time has a core
+os.environ["OMP_NUM_THREADS"] = str(THREADS)               # the scripts that tests start, too
+torch.set_num_threads(THREADS)
 
 
 def pytest_addoption(parser):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import CLASSIFY, TRAIN
+from conftest import CLASSIFY, THREADS, TRAIN
 
 import data
 import prediction
@@ -51,7 +51,7 @@ def die():
 def train_and_die(arguments, when, name, number):
     """Runs train.py and kills it before, within or after writing the `number`th file of this name; name "step" or
     "validation": at the `number`th of these."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     seen, whole, combine, evaluate = [], process.replacing, process.combine, prediction.evaluate
 
     def count(event):
@@ -80,7 +80,7 @@ def train_and_die(arguments, when, name, number):
 
 def train_on(arguments, log):
     """Runs train.py with what it prints in a file."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     for number in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
