@@ -378,38 +378,45 @@ def about(jobs, args):
 
 
 def plot(jobs, args):
-    """The scores over the axis of numbers, mean and 95 % interval of the seeds, a line for each value of the other
-    axes; and, where APP varies, the differences to the runs without it."""
+    """A row of panels for each score: the score over the axis of numbers, mean and 95 % interval of the seeds, a line
+    for each value of the other axes; and, where APP varies, the differences to the runs without it."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    apps = sorted(args.axes.get("app", []), key=lambda app: app != "none")
     axis = next(name for name, values in args.axes.items() if is_numbers(values))
+    compares = len(apps) > 1 and all(flag in (axis, "app") or len(v) == 1 for flag, v in args.axes.items())
+    figure = Figure((5.5 * (1 + compares), 3.4 * len(args.scores)), dpi=110, layout="constrained")
+    for score, panels in zip(args.scores, figure.subplots(len(args.scores), 1 + compares, squeeze=False)):
+        plot_score(jobs, args, score, axis, apps[0] if compares else None, panels)
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    with process.replacing(args.plot) as handle:
+        figure.savefig(handle, format="png")
+
+
+def plot_score(jobs, args, score, axis, base, panels):
+    """One score in a panel, and in a second one its differences to APP `base`, seed by seed, if there is a base."""
+    from matplotlib.ticker import NullLocator
     lines, used = {}, {}
     for job in jobs:
-        score = job.score(args.split, args.scores[0])
-        if score is None:
-            continue
-        value = job.cell[axis]
-        used[value] = job.config()["train_images_used"] if axis == "limit-train" else int(value)
-        name = ", ".join(v for flag, v in job.cell.items() if flag != axis and len(args.axes[flag]) > 1)
-        lines.setdefault(name, {}).setdefault(value, {})[job.seed] = score
-    apps = sorted(args.axes.get("app", []), key=lambda app: app != "none")
-    compares = len(apps) > 1 and all(flag in (axis, "app") or len(v) == 1 for flag, v in args.axes.items())
-    figure = Figure((5.5 * (1 + compares), 3.6), dpi=110, layout="constrained")
-    panels = figure.subplots(1, 1 + compares, squeeze=False)[0]
-    base = lines.get(apps[0], {}) if compares else {}
-    ticks = sorted(set(used.values()))
+        found = job.score(args.split, score)
+        if found is not None:
+            value = job.cell[axis]
+            used[value] = job.config()["train_images_used"] if axis == "limit-train" else int(value)
+            name = ", ".join(v for flag, v in job.cell.items() if flag != axis and len(args.axes[flag]) > 1)
+            lines.setdefault(name, {}).setdefault(value, {})[job.seed] = found
+    without = lines.get(base, {})
     for place, (name, points) in enumerate(lines.items()):
         shift = 1.03 ** (place - (len(lines) - 1) / 2)  # intervals lie side by side
         for panel, values in zip(panels, (
                 {v: list(of.values()) for v, of in points.items()},
-                {v: [score - base[v][seed] for seed, score in of.items() if seed in base.get(v, {})]
-                 for v, of in points.items()} if name != apps[0] else {})):
+                {v: [found - without[v][seed] for seed, found in of.items() if seed in without.get(v, {})]
+                 for v, of in points.items()} if name != base else {})):
             shown = [(used[v], *mean_and_interval(found)) for v, found in values.items() if found]
             if shown:
                 x, mean, beyond = zip(*sorted(shown))
-                panel.errorbar([at * shift for at in x], mean, beyond, marker="o",
-                               markersize=4, capsize=3, linewidth=1.2, color=COLOURS[place % len(COLOURS)],
-                               label=f"APP {name}" if compares else name)
+                panel.errorbar([at * shift for at in x], mean, beyond, marker="o", markersize=4, capsize=3,
+                               linewidth=1.2, color=COLOURS[place % len(COLOURS)],
+                               label=f"APP {name}" if base else name)
+    ticks = sorted(set(used.values()))
     for panel in panels:
         panel.set_xscale("log")
         panel.set_xticks(ticks, map(str, ticks))
@@ -417,15 +424,12 @@ def plot(jobs, args):
         panel.set_xlabel("training images" if axis == "limit-train" else axis)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(f"{args.split} {TITLES[args.scores[0]]}, mean and 95 % interval")
+    panels[0].set_ylabel(f"{args.split} {TITLES[score]}, mean and 95 % interval", fontsize="small")
     if len(lines) > 1:
         panels[0].legend(frameon=False)
-    if compares:
+    if base:
         panels[1].axhline(0, color="black", linewidth=0.8)
-        panels[1].set_ylabel(f"difference to APP {apps[0]}, paired by seed")
-    args.plot.parent.mkdir(parents=True, exist_ok=True)
-    with process.replacing(args.plot) as handle:
-        figure.savefig(handle, format="png")
+        panels[1].set_ylabel(f"{TITLES[score]}: difference to APP {base}, by seed", fontsize="small")
 
 
 if __name__ == "__main__":

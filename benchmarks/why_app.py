@@ -12,7 +12,9 @@ the cross-entropy's while a network trains with it. Needs scipy.
    embedding of true masks has (participation ratio of the covariance's eigenvalues) and the IoU of the truth's and of
    the prediction's reconstructions.
 """
+import contextlib
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -142,7 +144,7 @@ def follow_one(args, seed, at):
 
     dedl.build_app = watched
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             train.main(["--data", str(args.data), "--out", f"{folder}/run", "--app", args.app, "--weights", "none",
                         "--recipe", "short", "--tile", str(TILE), "--batch-size", str(BATCH), "--depth", "5",
                         "--epochs", "1", "--steps", str(args.steps), "--limit-train", str(args.limit_train),
