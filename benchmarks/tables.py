@@ -150,8 +150,8 @@ def parse_args(argv):
         "[all that CUDA has, else cpu]")
     add("--keep-weights", action="store_true", help="leave best.pt and last.pt in the folders of finished runs")
     add("--show", action="store_true", help="train nothing: the table of what is there")
-    add("--plot", type=Path, metavar="FILE", help="with an axis of whole numbers: the first score over it, as "
-        "PNG (needs matplotlib)")
+    add("--plot", type=Path, metavar="FILE", help="with an axis of whole numbers: the scores over it, as PNG "
+        "(needs matplotlib)")
     args = parser.parse_args(argv[:cut])
     args.flags = argv[cut + 1:]
     args.task, args.scores, axes = TABLES[args.table]
@@ -163,6 +163,8 @@ def parse_args(argv):
             parser.error(f"argument --vary: {text} is not of the form FLAG=A,B, with a flag of train.py but "
                          f"{', '.join(OWN)}")
         args.axes[name] = values.split(",")
+    if "app" in args.axes:  # what the others are compared with is the first
+        args.axes["app"] = sorted(args.axes["app"], key=lambda app: app != "none")
     for flag in args.flags:
         name = flag[2:].partition("=")[0]
         if flag.startswith("--") and (name not in known or name in args.axes or name in OWN):
@@ -300,8 +302,7 @@ def table(jobs, args, name):
     seeds = range(1, args.seeds + 1)
     scores = {(*sorted(job.cell.items()), job.seed): score for job in jobs
               if (score := job.score(args.split, name)) is not None}
-    apps = sorted(args.axes.get("app", [None]), key=lambda app: app != "none")
-    base, others = apps[0], apps[1:]
+    base, *others = apps = args.axes.get("app", [None])
     rest = {flag: values for flag, values in args.axes.items() if flag != "app"}
     done = {tuple(job.cell[flag] for flag in rest) for job in jobs if job.done(args.split)}
     cells = [dict(zip(rest, values)) for values in itertools.product(*rest.values()) if values in done]
@@ -381,7 +382,7 @@ def plot(jobs, args):
     """A row of panels for each score: the score over the axis of numbers, mean and 95 % interval of the seeds, a line
     for each value of the other axes; and, where APP varies, the differences to the runs without it."""
     from matplotlib.figure import Figure
-    apps = sorted(args.axes.get("app", []), key=lambda app: app != "none")
+    apps = args.axes.get("app", [])
     axis = next(name for name, values in args.axes.items() if is_numbers(values))
     compares = len(apps) > 1 and all(flag in (axis, "app") or len(v) == 1 for flag, v in args.axes.items())
     figure = Figure((5.5 * (1 + compares), 3.4 * len(args.scores)), dpi=110, layout="constrained")
