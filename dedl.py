@@ -75,6 +75,8 @@ class ConvAutoencoder(nn.Module):
 class RowAutoencoder(nn.Module):
     """The published autoencoder, along the width: 480-15360-256-128-64-32-16-32-64-128-256-480 for width 480.
 
+    An activation follows every layer, the last one too, as in the authors' notebook.
+
     forward: logits (N, C, H, width) -> logits (N, C, H, width). Other widths keep the published ratio of 32 between
     the second layer and the first. Raises ValueError for an input of another width.
     """
@@ -84,7 +86,7 @@ class RowAutoencoder(nn.Module):
         sizes = (width, 32 * width, 256, 128, 64, 32, 16, 32, 64, 128, 256, width)
         layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), ACTIVATIONS[activation]())]
         self.width = width
-        self.layers = nn.Sequential(*layers[:-1])  # no activation behind the last layer: its outputs are logits
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, logits):
         if logits.shape[-1] != self.width:

@@ -107,6 +107,10 @@ def test_row_autoencoder_is_the_published_one():
     assert sizes == [480, 15360, 256, 128, 64, 32, 16, 32, 64, 128, 256, 480]
     small = dedl.RowAutoencoder(16, "relu")
     logits = torch.randn(2, 2, 8, 16)
+    x = logits
+    for layer in [m for m in small.layers if isinstance(m, nn.Linear)]:
+        x = layer(x).relu()                                       # after the last layer too
+    assert torch.equal(small(logits), x)
     changed = logits.clone()
     changed[0, 0, 3] += 1
     rows = (small(logits) != small(changed)).any(-1)
