@@ -22,14 +22,15 @@ the prediction is from the truth as a *shape*:
     mean, about 2 for the mask of another image. S is a running mean over about 10 steps, so that a batch without a
     nucleus, whose covariance is 0, does no harm; it starts from 1, so that an embedding that is still noise counts
     little; a thousandth of its mean variance is added to each direction's, so that it can be inverted.
-  - `own` and CE share no weights, so no factor between them is needed (Adam is invariant to one anyway).
+  - `own` and CE share no weights, so no factor between them is needed.
 
 linear (as published). A row-wise autoencoder A, a stack of Linear layers along the width, gets the logits themselves:
     penalty = CE_w(A(z), y)
     own     = 0
   Both networks learn from the sum; A is a post-processor that the saved model drops.
 
-Both are used in training only: the saved network and its cost are those of a network trained without.
+In both the autoencoder has an optimizer of its own, as published (app_optimizer, below). Both are used in training
+only: the saved network and its cost are those of a network trained without.
 
 Classification has several labels an image: logits z (N, C), truth y (N, C) of 0 and 1, one sigmoid a class; its loss is
 FocalLoss, below.
@@ -142,6 +143,11 @@ def build_app(form, width, classes=2, activation="gelu"):
     if form == "none":
         return None
     return ConvAPP(classes, activation) if form == "conv" else LinearAPP(width, activation)
+
+
+def app_optimizer(app):
+    """The autoencoder's own optimizer, as published and under every recipe: Adam, 1e-3, constant, no weight decay."""
+    return torch.optim.Adam(app.parameters(), lr=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------- losses

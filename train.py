@@ -71,8 +71,9 @@ def train_segmentation(args, compute):
     model = model.to(compute.device, memory_format=torch.channels_last)
     app = dedl.build_app(args.app, args.tile, activation=args.app_activation)
     app = app.to(compute.device) if app else None
-    optimizer = make_optimizer([*model.parameters(), *(app.parameters() if app else ())], args, compute)
-    parts = {"model": model, "optimizer": optimizer, "scaler": compute.scaler(), **({"app": app} if app else {})}
+    parts = {"model": model, "optimizer": make_optimizer(model.parameters(), args, compute), "scaler": compute.scaler()}
+    if app:
+        parts |= {"app": app, "app_optimizer": dedl.app_optimizer(app)}
 
     # 3. where the run stands
     state = resume(out, parts, setting) if resumes else begin(out, parts)
@@ -364,6 +365,16 @@ def make_optimizer(parameters, args, compute):
     return adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=compute.device.type != "mps")
 
 
+def optimizers_of(parts):
+    return [parts[name] for name in ("optimizer", "app_optimizer") if name in parts]
+
+
+def weights_of(parts):
+    """All tensors that are trained, the autoencoder's too."""
+    return [weight for optimizer in optimizers_of(parts) for group in optimizer.param_groups
+            for weight in group["params"]]
+
+
 class Batches:
     """The indices of each batch of an epoch, in an order drawn from `seed`. Of several processes each gets its part of
     every batch; a rest too small to give each of them two images joins the batch before it.
@@ -420,8 +431,8 @@ def train_epoch(parts, loader, losses_of, compute, epoch, args):
     raised after BAD_STEPS of them."""
     # dropout and its like draw anew in each epoch, so that a resumed run draws the same
     torch.manual_seed(int(np.random.default_rng((args.seed, epoch, process.rank())).integers(2 ** 63)))
-    model, optimizer, scaler = parts["model"].train(), parts["optimizer"], parts["scaler"]
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    model, scaler = parts["model"].train(), parts["scaler"]
+    optimizers, weights = optimizers_of(parts), weights_of(parts)
     statistics = float_buffers(parts)
     kept = [buffer.clone() for buffer in statistics]
     sums = torch.zeros(0)  # of the losses; summed on the device: reading them waits for it
@@ -431,7 +442,7 @@ def train_epoch(parts, loader, losses_of, compute, epoch, args):
     with data.naming_files(loader.dataset):
         for step, (images, truth) in enumerate(bar):
             process.heed_signals()
-            for group in optimizer.param_groups:
+            for group in parts["optimizer"].param_groups:
                 group["lr"] = learning_rate(args, epoch - 1 + step / len(loader))
             images, truth = compute.batch(images), truth.to(compute.device, non_blocking=True)
             torch._foreach_copy_(kept, statistics)
@@ -444,14 +455,17 @@ def train_epoch(parts, loader, losses_of, compute, epoch, args):
                     raise
                 raise runs.RunError(f"--batch-size {args.batch_size}: a batch of {len(images)} has no variance for "
                                     f"BatchNorm; take larger batches, or more images") from error
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             gradients = [weight.grad for weight in weights if weight.grad is not None]
             process.combine(gradients, len(images) / len(loader.batch_sampler.whole[step]))
-            scaler.unscale_(optimizer)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
             # not finite where one of the gradients, or a process's loss, is not
             if (torch.nn.utils.get_total_norm(gradients) + process.total(loss.detach().clone())).isfinite():
-                scaler.step(optimizer)
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
                 sums = torch.stack(shown).detach() * len(images) + (sums if seen else 0)
                 seen, bad = seen + len(images), 0
             else:
@@ -561,7 +575,7 @@ def claim(out):
 def begin(out, parts):
     """The state of a new loop; all processes get the first one's weights."""
     claim(out)
-    weights = [weight.data for group in parts["optimizer"].param_groups for weight in group["params"]]
+    weights = [weight.data for weight in weights_of(parts)]
     process.combine([*weights, *float_buffers(parts)], float(process.rank() == 0))
     return dict(START)
 

@@ -29,11 +29,12 @@ def main(argv=None):
     training, inference, sides = {}, {}, {}
     for form in FORMS:
         sides[form] = side(form, args, compute)
-        model, app, optimizer = sides[form]
+        model, app, optimizers = sides[form]
 
-        def step(model=model, app=app, optimizer=optimizer):
+        def step(model=model, app=app, optimizers=optimizers):
             harness.training_step(model.train(), images, truth, compute, app)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
         training[form] = step
     seconds = harness.in_turn(training, args.rounds, compute.device)
     for form in FORMS:
@@ -60,15 +61,16 @@ def main(argv=None):
 
 
 def side(form, args, compute):
-    """Network, APP module and optimizer of a training with this form."""
+    """Network, APP module and their optimizers, of a training with this form."""
     harness.torch.manual_seed(0)
     model = models.build_segmenter(args.arch, args.encoder, depth=args.depth,
                                    decoder_channels=models.default_decoder_channels(args.depth))
     model = model.to(compute.device, memory_format=harness.torch.channels_last)
     app = dedl.build_app(form, args.tile)
     app = app.to(compute.device) if app else None
-    weights = [*model.parameters(), *(app.parameters() if app else ())]
-    return model, app, harness.torch.optim.AdamW(weights, lr=1e-4, fused=compute.device.type != "mps")
+    optimizers = [harness.torch.optim.AdamW(model.parameters(), lr=1e-4, fused=compute.device.type != "mps"),
+                  *([dedl.app_optimizer(app)] if app else [])]
+    return model, app, optimizers
 
 
 def saved(model):

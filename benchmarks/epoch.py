@@ -73,9 +73,10 @@ def ours(fields, app, args, compute):
     model = models.build_segmenter(**setting).to(compute.device, memory_format=torch.channels_last)
     penalty = dedl.build_app(app, args.tile)
     penalty = penalty.to(compute.device) if penalty else None
-    parameters = [*model.parameters(), *(penalty.parameters() if penalty else ())]
-    optimizer = train.make_optimizer(parameters, settings, compute)
-    parts = {"model": model, "optimizer": optimizer, "scaler": compute.scaler()}
+    parts = {"model": model, "optimizer": train.make_optimizer(model.parameters(), settings, compute),
+             "scaler": compute.scaler()}
+    if penalty:
+        parts |= {"app": penalty, "app_optimizer": dedl.app_optimizer(penalty)}
     crops = data.Crops(fields, args.tile)
 
     def losses_of(logits, truth):

@@ -76,7 +76,7 @@ def taught(crops, steps):
     """The conv form after learning from true masks, and the inverse covariance of its embeddings."""
     torch.manual_seed(0)
     app = dedl.ConvAPP()
-    optimizer = torch.optim.AdamW(app.parameters(), lr=2e-3)
+    optimizer = dedl.app_optimizer(app)
     for step in range(steps):
         truth = torch.stack([crops[step * BATCH + i][1] for i in range(BATCH)])
         optimizer.zero_grad()
