@@ -38,7 +38,8 @@ PAPER_CLASSES = ("b", "tfh", "tfh217", "tfhl", "other")  # in the order of the n
 INFORM_MASKS = ("_component_data.tifMask.tif", "_binary_seg_maps.tif")
 PICTURE_MEMORY = 4 << 30      # bytes; pictures to classify are kept in memory up to here
 PART_PIXELS = 1 << 25         # of fields to be predicted, read at a time; a larger one alone
-ROTATION = 10                 # degrees: the paper's small rotation
+ROTATION = 10                 # degrees
+PUBLISHED_ROTATION = 3        # the notebooks'
 VALIDATION_SHARE = 0.2        # of the training images, where a data folder names no validation rows
 PUBLISHED_PATIENTS = {        # the paper's split of its private set
     "train": ("121919_Myo089", "121919_Myo253", "121919_Myo368"),
@@ -370,16 +371,22 @@ def naming_files(dataset):
 
 # -------------------------------------------------------------------------------- segmentation: crops and augmentation
 class Crops(ReadInTurn):
-    """Random tiles of the training fields, augmented: image (C, tile, tile) float32, mask (tile, tile) int64.
+    """Tiles of the training fields, augmented: image (C, tile, tile) float32, mask (tile, tile) int64.
 
-    A pass draws from each field as many crops as tiles cover its area; indices from the length on are further passes.
-    Each crop has a random state of its own, from (seed, epoch, index): the same crops come with any number of workers,
-    and after a resume.
+    A pass draws from each field as many random crops as tiles cover its area; published: the tiles of a grid, as
+    published_tile changes them. Indices from the length on are further passes. Each crop has a random state of its own,
+    from (seed, epoch, index): the same crops come with any number of workers, and after a resume.
     """
 
-    def __init__(self, fields, tile, seed=0):
-        self.fields, self.tile, self.seed, self.epoch = fields, tile, seed, 0
-        self.owner = [i for i, field in enumerate(fields) for _ in range(math.ceil(field.mask.numel() / tile ** 2))]
+    def __init__(self, fields, tile, seed=0, published=False):
+        self.fields, self.tile, self.seed, self.epoch, self.published = fields, tile, seed, 0, published
+        self.owner, self.corner = [], []                               # of each tile its field, and (top, left) in it
+        for i, field in enumerate(fields):
+            height, width = field.mask.shape
+            grid = [(top, left) for top in range(0, height, tile) for left in range(0, width, tile)]
+            count = len(grid) if published else math.ceil(height * width / tile ** 2)
+            self.owner += [i] * count
+            self.corner += grid[:count]
 
     def __len__(self):
         return len(self.owner)
@@ -387,8 +394,12 @@ class Crops(ReadInTurn):
     def __getitem__(self, index):
         self.note(index)
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        field = self.fields[self.owner[index % len(self.owner)]]
-        image, mask = random_crop(field.image, field.mask, self.tile, rng)
+        place = index % len(self.owner)
+        field = self.fields[self.owner[place]]
+        if self.published:
+            image, mask = published_tile(field.image, field.mask, *self.corner[place], self.tile, rng)
+        else:
+            image, mask = random_crop(field.image, field.mask, self.tile, rng)
         return image, mask.long()
 
     def file_of(self, index):
@@ -417,6 +428,22 @@ def random_crop(image, mask, tile, rng):
     return image.contiguous(), mask.contiguous()                                        # (C, tile, tile), (tile, tile)
 
 
+def published_tile(image, mask, top, left, tile, rng):
+    """The tile of image (C, H, W) and mask (H, W) that begins at (top, left), as the authors' notebooks have it: cut
+    from a field padded with zeros, turned about its middle by up to PUBLISHED_ROTATION degrees with zeros in the
+    corners, flipped along either axis.
+    """
+    image, mask = image[:, top:top + tile, left:left + tile], mask[top:top + tile, left:left + tile]
+    beyond = (0, tile - mask.shape[1], 0, tile - mask.shape[0])
+    image, mask = F.pad(image, beyond), F.pad(mask, beyond)
+    angle = math.radians(rng.uniform(-PUBLISHED_ROTATION, PUBLISHED_ROTATION))
+    image, mask = _rotate(image, mask, angle, tile, beyond="zeros")
+    for axis in (-2, -1):
+        if rng.random() < 0.5:
+            image, mask = image.flip(axis), mask.flip(axis)
+    return image, mask                                                                  # (C, tile, tile), (tile, tile)
+
+
 def _mirrored(size, side, rng):
     """Random window of `side` pixels along an axis of `size`: a slice, or, if too short, indices back and forth."""
     if size >= side:
@@ -428,14 +455,15 @@ def _mirrored(size, side, rng):
     return torch.minimum(index, period - index) if size > 1 else torch.zeros(side, dtype=torch.long)
 
 
-def _rotate(image, mask, angle, tile):
-    """The tile x tile middle of a square image and mask, turned by `angle`: image bilinear, mask nearest."""
+def _rotate(image, mask, angle, tile, beyond="reflection"):
+    """The tile x tile middle of a square image and mask, turned by `angle`: image bilinear, mask nearest. beyond: what
+    lies around the square, "reflection" or "zeros"."""
     side = mask.shape[-1]
     axis = (torch.arange(tile) - (tile - 1) / 2) * (2 / side)                           # in [-1, 1] of the square
     y, x = axis[:, None], axis[None, :]
     grid = torch.stack([math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y], -1)[None]
-    image = F.grid_sample(image[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False)[0]
-    mask = F.grid_sample(mask[None, None].float(), grid, mode="nearest", padding_mode="reflection", align_corners=False)
+    image = F.grid_sample(image[None], grid, mode="bilinear", padding_mode=beyond, align_corners=False)[0]
+    mask = F.grid_sample(mask[None, None].float(), grid, mode="nearest", padding_mode=beyond, align_corners=False)
     return image, mask[0, 0] > 0.5
 
 

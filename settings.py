@@ -13,7 +13,7 @@ import runs
 # one cycle to a large learning rate. Without --data and --recipe: short, with what the small synthetic set needs.
 # steps 0: one pass over the tiles.
 RECIPES = {
-    "seg": {"paper": dict(lr=3.6e-4, weight_decay=1e-5, batch_size=16, epochs=50, patience=5, class_weights="auto",
+    "seg": {"paper": dict(lr=3.6e-4, weight_decay=1e-5, batch_size=16, epochs=50, patience=0, class_weights="auto",
                           tile=480, steps=0, depth=3),
             "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=4, epochs=5, patience=0, class_weights="equal",
                           tile=256, steps=0, depth=5)},
@@ -41,8 +41,8 @@ def make_parser(description):
     add("--task", choices=list(RECIPES), default="seg", help="seg: segment nuclei; cls: classify phenotypes [seg]")
     add("--data", type=Path, help="data folder (see README) [the built-in synthetic set, made on first use]")
     add("--out", type=Path, help="the run's folder [runs/<name that tells the setting>; to resume: the newest]")
-    add("--recipe", choices=["paper", "short"], help="the optimizer, its schedule, of cls the augmentation, and "
-        "defaults of the next flags [seg: short, cls: paper; without --data short, made shorter]")
+    add("--recipe", choices=["paper", "short"], help="the optimizer, its schedule, the augmentation, of seg the loss's "
+        "sum or mean, and defaults of the next flags [seg: short, cls: paper; without --data short, made shorter]")
     add("--epochs", type=number(int, 1), help=default("epochs"))
     add("--batch-size", type=number(int, 1), help=f"tiles or pictures a step {default('batch_size')}")
     add("--lr", type=number(float, 1e-12), help=f"largest learning rate {default('lr')}")

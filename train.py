@@ -35,6 +35,7 @@ SWA_SHARE, SWA_RATE = 0.25, 0.25  # --swa averages over the last quarter of the 
 LESS_MEMORY = "lower --batch-size, then --tile or --image-size; or take a smaller --encoder or --model, --depth 5, " \
               "or --amp bf16"
 BAD_STEPS = 4  # so many steps one after another without finite gradients, and the run stops
+LEAST_SCALE = 2 ** -16  # of fp16's loss; a sum over a batch's pixels needs one below 1
 
 
 def main(argv=None):
@@ -58,7 +59,7 @@ def train_segmentation(args, compute):
     print(*said, *notes(data.leaks(records)), sep="\n")
     train_fields, val_fields = load_splits(records, args)
     weights_of_classes = segmentation_weights(args.class_weights, train_fields)
-    crops = data.Crops(train_fields, args.tile, args.seed)
+    crops = data.Crops(train_fields, args.tile, args.seed, published=args.recipe == "paper")
 
     # 2. network, APP, optimizer
     torch.manual_seed(args.seed)
@@ -94,10 +95,11 @@ def train_segmentation(args, compute):
     def losses_of(logits, truth):
         """The loss that is minimised; cross-entropy and penalty, to be shown."""
         cross_entropy = dedl.cross_entropy(logits, truth, weight)
-        if not app:
-            return cross_entropy, cross_entropy, torch.zeros_like(cross_entropy)
-        penalty, own = app(logits, truth, weight)
-        return cross_entropy + args.app_weight * penalty + own, cross_entropy, penalty
+        penalty, own = app(logits, truth, weight) if app else torch.zeros(2, device=logits.device)
+        loss = cross_entropy + args.app_weight * penalty + own
+        if args.recipe == "paper":  # the sum over pixels: to a mean Adam's weight decay would be a million times larger
+            loss = loss * process.total(weight[truth].sum())
+        return loss, cross_entropy, penalty
 
     while unfinished(state, args):
         started = time.perf_counter()
@@ -471,15 +473,15 @@ def train_epoch(parts, loader, losses_of, compute, epoch, args):
             else:
                 torch._foreach_copy_(statistics, kept)  # BatchNorm has seen the batch: it would never forget a NaN
                 bad, left_out = bad + 1, left_out + 1
-                # fp16 finds its scale by such steps; below 1 it is not the scale
-                if bad >= BAD_STEPS and (not scaler.is_enabled() or scaler.get_scale() < 1):
+                # fp16 finds its scale by such steps; below LEAST_SCALE it is not the scale
+                if bad >= BAD_STEPS and (not scaler.is_enabled() or scaler.get_scale() < LEAST_SCALE):
                     raise not_finite(loader, step - bad + 1, step, epoch, args)
             scaler.update()
             if step % 10 == 0 and not bar.disable and seen:
                 speed = seen / (time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}, {speed:.1f} images/s")
     if not seen:
-        if scaler.is_enabled() and scaler.get_scale() >= 1:  # an epoch of few steps, all used up to find it
+        if scaler.is_enabled() and scaler.get_scale() >= LEAST_SCALE:  # an epoch of few steps, all used up to find it
             return train_epoch(parts, loader, losses_of, compute, epoch, args)
         raise not_finite(loader, 0, left_out - 1, epoch, args)
     if left_out:

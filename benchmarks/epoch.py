@@ -6,9 +6,10 @@ loss and optimizer, everything but the validation.
 
 The published recipe, as its notebooks have it: segmentation_models_pytorch's U-Net with scSE in float32 and contiguous
 layout; fields padded to multiples of 480 and cut into tiles of 480, kept as .npy files that are read for each epoch;
-PIL transforms (rotation, flips), image by image; cross-entropy, Adam, a loss.item() at every step; its APP, a row-wise
-Linear autoencoder. It is also run with tiles as large as ours, since a field of 256 x 256 is one tile of 256, or one of
-480 that is mostly padding. Here: train.py's loop with --recipe short --depth 3.
+PIL transforms (rotation, flips), image by image; cross-entropy summed over pixels, Adam, a loss.item() at every step;
+its APP, a row-wise Linear autoencoder with an Adam of its own. It is also run with tiles as large as ours, since a
+field of 256 x 256 is one tile of 256, or one of 480 that is mostly padding. Here: train.py's loop with --recipe short
+--depth 3.
 """
 import math
 import statistics
@@ -19,6 +20,7 @@ import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -133,16 +135,16 @@ def published(fields, tile, with_app, folder, args, compute):
     optimizers = [torch.optim.Adam(model.parameters(), 3.6e-4, weight_decay=1e-5)]
     if app:
         optimizers.append(torch.optim.Adam(app.parameters(), 1e-3))
-    weight = torch.tensor(dedl.PUBLISHED_CLASS_WEIGHTS, device=compute.device)
+    criterion = nn.CrossEntropyLoss(torch.tensor(dedl.PUBLISHED_CLASS_WEIGHTS, device=compute.device), reduction="sum")
 
     def epoch():
         total = 0.0
         for images, masks in DataLoader(tiles, args.batch, shuffle=True, num_workers=args.workers):
             images, masks = images.to(compute.device), masks.to(compute.device)
             logits = model(images)
-            loss = F.cross_entropy(logits, masks, weight)
+            loss = criterion(logits, masks)
             if app:
-                loss = loss + F.cross_entropy(app(logits), masks, weight)
+                loss = loss + criterion(app(logits), masks)
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()

@@ -1,8 +1,15 @@
 """As published: what `--recipe paper` and the linear form of APP do, held against the authors' notebooks."""
+import copy
+import math
+
+import numpy as np
 import pytest
 import torch
 from conftest import TRAIN
+from torch import nn
 
+import data
+import runs
 import train
 
 
@@ -16,3 +23,74 @@ def test_the_autoencoder_has_its_own_optimizer(tiny, tmp_path, recipe):
     of_network, = last["optimizer"]["param_groups"]
     assert of_network["lr"] != 1e-3 and of_network["weight_decay"] == 0.1
     assert len(last["app_optimizer"]["state"]) == len(own["params"])  # Adam's moments, to go on with
+
+
+@pytest.mark.parametrize("app", ["linear", "none"])
+def test_a_training_step_is_the_published_one(tiny, tmp_path, monkeypatch, app):
+    """Network, autoencoder and both optimizers, after an epoch of one batch, against the lines of the notebook."""
+    def published_step(model, autoencoder, images, masks, weights):
+        optimizer = torch.optim.Adam(model.parameters(), lr=3.6e-4, weight_decay=1e-5)
+        optimizer_ae = torch.optim.Adam(autoencoder.parameters(), lr=1e-3) if autoencoder else None
+        criterion = nn.CrossEntropyLoss(reduction="sum", weight=torch.tensor(weights))
+        outputs = model(images)
+        loss = criterion(outputs, masks)
+        if autoencoder:
+            loss = loss + criterion(autoencoder(outputs), masks)
+        loss.backward()
+        optimizer.step()
+        if autoencoder:
+            optimizer_ae.step()
+
+    def epoch(parts, loader, *inputs):
+        seen.update(batches=list(loader), before=copy.deepcopy(parts["model"].train()),
+                    app_before=copy.deepcopy(parts.get("app")), after=parts["model"], app_after=parts.get("app"))
+        return train_epoch(parts, loader, *inputs)
+
+    seen, train_epoch = {}, train.train_epoch
+    monkeypatch.setattr(train, "train_epoch", epoch)
+    run = tmp_path / "run"
+    train.main(["--data", str(tiny), "--out", str(run), *TRAIN, "--recipe", "paper", "--batch-size", "64", "--app", app,
+                "--app-activation", "relu", "--amp", "off"])
+    (images, masks), = seen["batches"]
+    model, autoencoder = seen["before"], None
+    if app == "linear":
+        layers = [layer for layer in seen["app_before"].modules() if isinstance(layer, nn.Linear)]
+        autoencoder = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())])
+    published_step(model, autoencoder, images, masks, runs.read_config(run)["class_weights_used"])
+    pairs = list(zip(model.parameters(), seen["after"].parameters()))
+    pairs += zip(autoencoder.parameters(), seen["app_after"].parameters()) if autoencoder else []
+    compared = []
+    for published, own in pairs:
+        # a gradient that is 0 but for rounding (both classes' errors sum to 0 in the last bias) has a step of any sign
+        clear = published.grad.abs() > 1e-3
+        compared.append(clear.float().mean().item())
+        torch.testing.assert_close(own[clear], published[clear], rtol=1e-5, atol=5e-6)
+    assert sum(share > 0 for share in compared) > 0.75 * len(pairs) > 30
+
+
+def test_published_tiles_are_a_grid_padded_with_zeros():
+    field = data.Field(None, torch.ones(1, 50, 70), torch.ones(50, 70, dtype=torch.bool), ("grey",))
+    crops = data.Crops([field, field], 32, published=True)
+    assert len(crops) == 2 * 2 * 3                                    # 1408 x 1876 by 480: 12, as in the notebooks
+    filled = [crops[i][1].float().mean().item() for i in range(6)]
+    expected = [h * w / 32 ** 2 for h in (32, 18) for w in (32, 32, 6)]
+    assert filled == pytest.approx(expected, abs=0.04)                # turned by 3 degrees at most
+
+
+def test_published_tiles_are_turned_a_little_and_flipped():
+    """Each tile is turned by its own angle within 3 degrees, and the four ways of the flips come alike often."""
+    x = torch.arange(64.0).expand(64, 64)
+    field = data.Field(None, torch.stack([x, x.T]), x > 31, ("x", "y"))
+    crops = data.Crops([field], 64, seed=1, published=True)
+    angles, ways = [], []
+    for index in range(200):
+        image, mask = crops[index]
+        inner = image[:, 16:48, 16:48]                                # without the corners
+        (of_x, of_y), (across, _) = inner.diff(dim=2).mean((1, 2)), inner.diff(dim=1).mean((1, 2))
+        assert abs(of_x) > 0.99 and abs(across) < 0.06                # no quarter turns
+        ways.append((bool(of_x > 0), bool(inner[1].diff(dim=0).mean() > 0)))
+        angles.append(math.degrees(math.atan2(of_y, abs(of_x))))
+        assert ((inner[0] > 31.5) == mask[16:48, 16:48].bool()).float().mean() > 0.95  # the mask alike
+    assert max(map(abs, angles)) < 3.01 and np.std(angles) == pytest.approx(3 / 3 ** 0.5, abs=0.3)
+    assert len(set(np.round(angles, 3))) > 190
+    assert all(35 < ways.count(way) < 65 for way in set(ways)) and len(set(ways)) == 4

@@ -95,7 +95,7 @@ def test_the_paper_recipe_and_its_schedule():
     args = train.parse_args(["--data", "x", "--recipe", "paper"])
     assert (args.recipe, args.lr, args.weight_decay, args.batch_size, args.epochs, args.patience, args.class_weights,
             args.tile, args.steps, args.depth, args.app) == (
-                "paper", 3.6e-4, 1e-5, 16, 50, 5, "auto", 480, 0, 3, "conv")
+                "paper", 3.6e-4, 1e-5, 16, 50, 0, "auto", 480, 0, 3, "conv")
     rates = [train.learning_rate(args, epoch) for epoch in (0, 0.9, 25, 50, 80)]
     assert rates == pytest.approx([3.6e-4, 3.6e-4, 3.5e-4, 3.4e-4, 3.4e-4])
     short = train.parse_args(["--data", "x", "--epochs", "10"])
