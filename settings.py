@@ -55,7 +55,8 @@ def make_parser(description):
     add("--seed", type=process.SEED, default=77, help="[77]")
     add("--workers", type=number(int, 0, 256), help="loader processes [0 on a CPU, else up to 4]")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision [auto]")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto: on a CPU bf16 "
+        "if a convolution, timed at the start, is faster in it [auto]")
     add("--deterministic", action="store_true", help="let a GPU use only algorithms that give the same bits each "
         "time; slower: cuDNN's fastest are not among them (a CPU's always are)")
     add("--compile", action="store_true", help="compile the network with torch.compile; each epoch then leaves "
@@ -96,6 +97,7 @@ def parse_args(argv=None, description=None):
         saved = runs.read_config(args.out)
         precision = {"bfloat16": "bf16", "float16": "fp16", "float32": "off"}.get(saved.get("amp"), "auto")
         device = saved.get("device") if saved.get("device") in runs.devices() else "auto"
+        precision = "auto" if device == "auto" else precision  # another machine's may be slow here
         settings = as_flags({**{name: saved.get(name) for name in vars(args) if name not in PLACE}, "device": device,
                              "amp": precision, "deterministic": saved.get("deterministic")})
         parser.source = f"{args.out / 'config.json'}: "

@@ -96,7 +96,8 @@ def parse_args(argv):
     add("--tta", action="store_true", help="average over flips and turns of each image: eight times slower to segment, "
         "four times to classify (flips alone)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision [auto]")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto: on a CPU bf16 "
+        "if a convolution, timed at the start, is faster in it [auto]")
     return parser.parse_args(argv)
 
 
@@ -152,7 +153,7 @@ def test_segmentation(run, config, compute, args, brief):
     if brief:
         print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}", flush=True)
         return scores
-    print(title(run, folder, args))
+    print(f"{title(run, folder, args)}; {compute.device}, {compute.precision()}")
     for name, value in scores.items():
         print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
     return scores
@@ -319,7 +320,8 @@ def test_classification(run, config, compute, args, brief):
     if brief:
         print(f"{title(run, folder, args)}: micro F1 {at_half['f1_micro']:.4f} of {len(folds)} folds", flush=True)
         return {**at_half, "folds": len(folds)}
-    print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds")
+    print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds; "
+          f"{compute.device}, {compute.precision()}")
     epochs = {}  # shown, since a fold may not be finished; killed in its first it has no metrics.csv yet
     for fold, folder in runs.fold_folders(run).items():
         file = folder / "metrics.csv"

@@ -312,10 +312,11 @@ START = {"epoch": 0, "best": -1.0, "best_loss": math.inf, "stale": 0, "history":
 
 def choose_compute(args):
     """The device and precision; sets args.workers where it is not given."""
-    compute = runs.choose_compute(args.device, args.amp)
+    device = runs.choose_device(args.device)
+    process.join(device)
+    compute = runs.choose_compute(device, args.amp)
     if args.workers is None:  # on a CPU, loader processes would take the cores from the network
-        args.workers = 0 if compute.device.type == "cpu" else min(4, os.cpu_count())
-    process.join(compute.device.type)
+        args.workers = 0 if device == "cpu" else min(4, os.cpu_count())
     if args.batch_size < process.world():
         raise runs.RunError(f"--batch-size {args.batch_size}: a batch is shared by the {process.world()} processes; "
                             f"give at least as many, for BatchNorm better several times as many")
@@ -329,7 +330,7 @@ def choose_compute(args):
 def where(compute):
     """Device and precision, to be shown."""
     several = f" in {process.world()} processes" if process.world() > 1 else ""
-    return f"{compute.device}{several}, {str(compute.amp_dtype or torch.float32).removeprefix('torch.')}"
+    return f"{compute.device}{several}, {compute.precision()}"
 
 
 def notes(lines, most=5):

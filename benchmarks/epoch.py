@@ -4,12 +4,12 @@ loss and optimizer, everything but the validation.
     python benchmarks/epoch.py                           on dsb2018 in ../shared/data, or on the built-in synthetic set
     python benchmarks/epoch.py --data DIR --limit 64 --device cuda
 
-The published recipe, as its notebooks have it: segmentation_models_pytorch's U-Net with scSE in float32 and contiguous
-layout; fields padded to multiples of 480 and cut into tiles of 480, kept as .npy files that are read for each epoch;
-PIL transforms (rotation, flips), image by image; cross-entropy summed over pixels, Adam, a loss.item() at every step;
-its APP, a row-wise Linear autoencoder with an Adam of its own. It is also run with tiles as large as ours, since a
-field of 256 x 256 is one tile of 256, or one of 480 that is mostly padding. Here: train.py's loop with --recipe short
---depth 3.
+The published recipe, as its notebooks have it: segmentation_models_pytorch's U-Net with scSE in contiguous layout;
+fields padded to multiples of 480 and cut into tiles of 480, kept as .npy files that are read for each epoch; PIL
+transforms (rotation, flips), image by image; cross-entropy summed over pixels, Adam, a loss.item() at every step; its
+APP, a row-wise Linear autoencoder with an Adam of its own. It is also run with tiles as large as ours, since a field of
+256 x 256 is one tile of 256, or one of 480 that is mostly padding. Here: train.py's loop with --recipe short --depth 3.
+The notebooks train in float32, which --amp off gives both sides.
 """
 import math
 import statistics
@@ -50,11 +50,11 @@ def main(argv=None):
             sides[name], tiles_of[name] = ours(fields, app, args, compute)
         for tile in dict.fromkeys((args.tile, args.published_tile)):
             for app in (False, True):
-                name = f"published recipe, float32, tiles of {tile}, {'its APP' if app else 'no APP'}"
+                name = f"published recipe, tiles of {tile}, {'its APP' if app else 'no APP'}"
                 sides[name], tiles_of[name] = published(fields, tile, app, Path(temporary) / f"{tile}", args, compute)
         seconds = harness.in_turn(sides, args.rounds, compute.device, warmup=1)
     for name in sides:
-        against = [f"published recipe, float32, tiles of {tile}, {'no APP' if name.endswith('none') else 'its APP'}"
+        against = [f"published recipe, tiles of {tile}, {'no APP' if name.endswith('none') else 'its APP'}"
                    for tile in dict.fromkeys((args.tile, args.published_tile))]
         gains = [f"{harness.ratio(seconds, other, name):.1f}x" for other in against] if name.startswith("ours") else []
         rows.append([name, tiles_of[name], f"{len(fields) / statistics.median(seconds[name]):.2f}",
@@ -141,10 +141,11 @@ def published(fields, tile, with_app, folder, args, compute):
         total = 0.0
         for images, masks in DataLoader(tiles, args.batch, shuffle=True, num_workers=args.workers):
             images, masks = images.to(compute.device), masks.to(compute.device)
-            logits = model(images)
-            loss = criterion(logits, masks)
-            if app:
-                loss = loss + criterion(app(logits), masks)
+            with compute.autocast():
+                logits = model(images).float()
+                loss = criterion(logits, masks)
+                if app:
+                    loss = loss + criterion(app(logits).float(), masks)
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,20 +36,37 @@ def parser(description, **defaults):
     add("--rounds", type=int, default=defaults.get("rounds", 7), help="timed rounds [%(default)s]")
     add("--threads", type=int, default=0, help="of a CPU [all that this process may use]")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of both sides [auto]")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="of both sides; auto: on a CPU that "
+        "in which the reference's training step is fastest [auto]")
     add("--plain-memory", action="store_true", help="on a CPU leave glibc's settings as they are, as in a process that "
         "only imports the models; train.py has it keep freed memory, by which the reference gains more than we do")
     return made
 
 
 def start(args, quiet=False):
-    """runs.Compute for the flags; prints the command and the machine."""
-    compute = runs.choose_compute(args.device, args.amp, keep_memory=not args.plain_memory)
+    """runs.Compute for the flags; prints the command and the machine. Sets args.amp to what auto chose."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.device = runs.choose_device(args.device)
+    if args.device == "cpu" and args.amp == "auto":
+        runs.choose_compute("cpu", "off", keep_memory=not args.plain_memory)
+        args.amp = fastest_of_reference(args)
+    compute = runs.choose_compute(args.device, args.amp, keep_memory=not args.plain_memory)
     if not quiet:
         print(f"`python {' '.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])}`: {machine(compute)}\n", flush=True)
     return compute
+
+
+def fastest_of_reference(args):
+    """"bf16" or "off", in which the reference's U-Net trains faster on this CPU: so a comparison flatters no side."""
+    if not runs.cpu_has_bf16():
+        return "off"
+    model, sides = reference("unet", depth=args.depth).to(memory_format=torch.channels_last).train(), {}
+    for amp, dtype in (("off", None), ("bf16", torch.bfloat16)):
+        compute = runs.Compute(torch.device("cpu"), dtype)
+        sides[amp] = partial(training_step, model, *batch(args, compute), compute)
+    seconds = in_turn(sides, 3, torch.device("cpu"), warmup=1)
+    return min(seconds, key=lambda amp: statistics.median(seconds[amp]))
 
 
 def machine(compute):
@@ -58,8 +76,10 @@ def machine(compute):
         cpu = Path("/proc/cpuinfo")
         found = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")] \
             if cpu.is_file() else []
-        name = f"{torch.get_num_threads()} threads of {(found or [platform.machine()])[0]}"
-    return f"{name}, {str(compute.amp_dtype or torch.float32).removeprefix('torch.')}, torch {torch.__version__}"
+        has = [name for name, test in (("AVX512-BF16", "_is_avx512_bf16_supported"), ("AMX", "_is_amx_tile_supported"))
+               if getattr(torch.cpu, test, bool)()]
+        name = f"{torch.get_num_threads()} threads of {' with '.join([*(found or [platform.machine()])[:1], *has])}"
+    return f"{name}, {compute.precision()}, torch {torch.__version__}"
 
 
 def wait(device):

@@ -220,6 +220,9 @@ def plan(args):
 def work(waiting, args):
     """Runs the jobs, some at a time, each in a process of its own. Returns what failed."""
     started, usual, going, failed, count = time.monotonic(), [], {}, [], len(waiting)
+    # timed once: runs beside each other might find different ones
+    timed = "cpu" in args.devices and settings.parse_args(waiting[0].flags).amp == "auto" and "amp" not in args.axes
+    args.precision = [f"--amp={runs.fastest_on_cpu()[0]}"] if timed else []
     ends = started + args.minutes * 60 if args.minutes else math.inf
     free = [args.devices[i % len(args.devices)] for i in range(args.jobs)]
     bar = process.progress(None, args.table, "run", count)
@@ -266,7 +269,7 @@ def start(job, device, args):
     elif device != "mps":
         environment["CUDA_VISIBLE_DEVICES"], device = device, "cuda"
     args.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "one", str(job.folder), args.split, device, *job.flags]
+    command = [sys.executable, __file__, "one", str(job.folder), args.split, device, *job.flags, *args.precision]
     with open(args.out / f"{job.folder.name}.log", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -275,8 +278,9 @@ def one(argv):
     """Trains a run, or goes on with it, and measures it: `tables.py one FOLDER SPLIT DEVICE flags...`."""
     folder, split, device, *flags = argv
     if not any((Path(folder) / f"{name}.json").is_file() for name in data.SPLITS):  # else its training has ended
-        resumes = (Path(folder) / "config.json").is_file()
-        train.main([*flags, "--device", device, "--out", folder, *(["--resume"] if resumes else [])])
+        if (Path(folder) / "config.json").is_file():
+            flags = [*(flag for flag in flags if not flag.startswith("--amp=")), "--resume"]  # it keeps its precision
+        train.main([*flags, "--device", device, "--out", folder])
     amp = {"bfloat16": "bf16", "float16": "fp16"}.get(runs.read_config(Path(folder))["amp"], "off")
     test.main([folder, "--split", split, "--device", device, "--amp", amp])
 

@@ -84,6 +84,13 @@ def write_pictures(folder, count=18, tests=6, patients=0, seed=0):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def same_precision_everywhere(monkeypatch):
+    """--amp auto is float32 in the tests, on every machine, and nothing is timed."""
+    import runs
+    monkeypatch.setattr(runs, "bf16_gain", lambda: 1.0)
+
+
 @pytest.fixture
 def coloured(tmp_path):
     return write_pictures(tmp_path / "coloured")
@@ -114,11 +121,12 @@ def script(capfd, tmp_path, monkeypatch):
 
 
 TRAIN = ("--task", "seg", "--recipe", "short", "--tile", "32", "--epochs", "1", "--steps", "0", "--depth", "2",
-         "--weights", "none", "--device", "cpu")
+         "--weights", "none", "--device", "cpu", "--amp", "off")
 
 
+# timm has test_resnet for tests: 0.4 M weights
 CLASSIFY = ("--task", "cls", "--recipe", "short", "--model", "test_resnet", "--image-size", "32", "--epochs", "2",
-            "--folds", "3", "--weights", "none", "--device", "cpu")  # timm has test_resnet for tests: 0.4 M weights
+            "--folds", "3", "--weights", "none", "--device", "cpu", "--amp", "off")
 
 
 @pytest.fixture(scope="session")

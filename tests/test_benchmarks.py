@@ -4,10 +4,13 @@ import runpy
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
+import runs
+
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "harness")
-SMALL = ["--tile", "32", "--batch", "2", "--rounds", "1", "--device", "cpu"]
+SMALL = ["--tile", "32", "--batch", "2", "--rounds", "1", "--device", "cpu", "--amp", "off"]
 
 
 @pytest.fixture
@@ -48,8 +51,17 @@ def test_one_setting_of_scaling(benchmark):
     assert status == 0 and '"memory": ' in out and float(re.search(r'"training": ([\d.]+)', out)[1]) > 0
 
 
+def test_both_sides_take_the_precision_in_which_the_reference_is_fastest(benchmark, monkeypatch):
+    monkeypatch.setattr(runs, "cpu_has_bf16", lambda: True)
+    import harness
+    for fastest in ("off", "bf16"):
+        monkeypatch.setattr(harness, "in_turn", lambda sides, *_, fastest=fastest, **how: {
+            amp: [1.0 + (amp != fastest)] for amp in sides})
+        args = harness.parser("").parse_args(["--tile", "32", "--batch", "2", "--device", "cpu"])
+        assert harness.start(args).amp_dtype == {"off": None, "bf16": torch.bfloat16}[fastest] and args.amp == fastest
+
+
 def test_what_is_not_there_is_said(benchmark):
-    import torch
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     status, _, err = benchmark("model", "--device", "cuda")

@@ -368,7 +368,7 @@ def test_class_weights_of_a_fold_follow_its_training_rows(coloured, script, tmp_
 
 @pytest.mark.parametrize("flags", [("--model", "efficientnet_b0"), ("--model", "vit_tiny_patch16_224"),
                                    ("--gamma", "0"), ("--class-weights", "auto"), ("--class-weights", "1,2,3"),
-                                   ("--amp", "fp16"), ("--amp", "off"), ("--recipe", "paper"), ("--workers", "2"),
+                                   ("--amp", "bf16"), ("--amp", "auto"), ("--recipe", "paper"), ("--workers", "2"),
                                    ("--limit-train", "9"), ("--batch-size", "11")])  # 11 of 12, and one alone
 def test_flags_train_classifiers(coloured, script, tmp_path, flags):
     status, _, err = script(train, "--data", coloured, *CLASSIFY, "--epochs", 1, "--fold", 0, *flags, "--out",

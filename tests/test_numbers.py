@@ -18,6 +18,8 @@ import runs
 import test
 import train
 
+bf16_gain = runs.bf16_gain  # which the tests' fixture replaces
+
 
 def poison(monkeypatch, when):
     """Makes the tiles of field0.png NaN where when(epoch) says so."""
@@ -35,10 +37,17 @@ def begin_scale(monkeypatch, scale):
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *place, **how: whole(*place, init_scale=float(scale), **how))
 
 
-@pytest.mark.parametrize("precision", ["off", pytest.param("fp16", marks=pytest.mark.slow)])  # emulated on a CPU
+def half_precision(monkeypatch):
+    """float16 with its scaler, which a CPU is refused: it emulates it."""
+    monkeypatch.setattr(runs, "choose_compute", lambda *_: runs.Compute(torch.device("cpu"), torch.float16))
+
+
+@pytest.mark.parametrize("precision", ["off", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_run_of_bad_steps_is_ended_with_epoch_batch_and_files(tiny, script, tmp_path, monkeypatch, precision):
     run = tmp_path / "run"
-    settings = [*TRAIN, "--data", tiny, "--limit-train", 1, "--batch-size", "1", "--amp", precision, "--out", run]
+    settings = [*TRAIN, "--data", tiny, "--limit-train", 1, "--batch-size", "1", "--out", run]
+    if precision == "fp16":
+        half_precision(monkeypatch)
     poison(monkeypatch, lambda epoch: epoch == 2)  # all tiles, of the one field that is used
     monkeypatch.setattr(train, "limit", lambda records, _: records[:1])
     monkeypatch.setattr(train, "BAD_STEPS", 2)
@@ -53,7 +62,7 @@ def test_a_run_of_bad_steps_is_ended_with_epoch_batch_and_files(tiny, script, tm
     assert last["state"]["epoch"] == 1 and all(tensor.isfinite().all() for tensor in last["model"].values())
     monkeypatch.undo()
     monkeypatch.setattr(train, "limit", lambda records, _: records[:1])
-    assert script(train, "--resume", "--out", run)[0] == 0  # the cause is gone: it goes on where it was
+    assert script(train, "--resume", "--out", run, "--amp", "off")[0] == 0  # the cause is gone: it goes on
 
 
 def test_single_bad_steps_are_left_out(tiny, script, tmp_path, monkeypatch):
@@ -111,7 +120,8 @@ def test_constant_pictures_are_said(coloured, script, tmp_path):
 def test_half_precision_finds_its_scale_in_epochs_of_one_step(coloured, script, tmp_path, monkeypatch):
     """Each step of an epoch may be left out until the scale fits; the epoch is gone through until one is not."""
     begin_scale(monkeypatch, 2 ** 30)
-    settings = [*CLASSIFY, "--fold", 0, "--epochs", 1, "--batch-size", 64, "--amp", "fp16", "--out", tmp_path / "run"]
+    half_precision(monkeypatch)
+    settings = [*CLASSIFY, "--fold", 0, "--epochs", 1, "--batch-size", 64, "--out", tmp_path / "run"]
     status, out, err = script(train, "--data", coloured, *settings)
     assert status == 0 and 1 < torch.load(tmp_path / "run" / "fold0" / "last.pt")["scaler"]["scale"] < 2 ** 29, err
 
@@ -170,3 +180,35 @@ def test_deterministic_is_a_flag_that_is_heard(tiny, script, tmp_path, monkeypat
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *wish, **how: asked.append(wish))
     assert script(train, "--data", tiny, *TRAIN, "--deterministic", "--out", tmp_path / "run")[0] == 0
     assert asked == [(True,)] and json.loads((tmp_path / "run" / "config.json").read_text())["deterministic"] is True
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+@pytest.mark.parametrize("has, gain, taken, said", [
+    (True, 0.67, None, "float32 (a convolution runs 0.67 times as fast in bfloat16"), (True, 1.1, None, "float32 (a "),
+    (True, 1.2, torch.bfloat16, "bfloat16 (a convolution runs 1.20 times as fast in bfloat16"),
+    (False, None, None, "float32 (this CPU has no bfloat16)")])
+def test_a_cpu_takes_bfloat16_only_where_it_is_faster(monkeypatch, has, gain, taken, said):
+    monkeypatch.setattr(runs, "cpu_has_bf16", lambda: has)
+    monkeypatch.setattr(runs, "bf16_gain", lambda: gain)
+    compute = runs.choose_compute("cpu", "auto")
+    assert compute.amp_dtype is taken and compute.precision().startswith(said)
+    assert runs.choose_compute("cpu", "bf16").precision() == "bfloat16"  # what is asked for is not timed
+
+
+def test_the_precision_and_why_are_printed(tiny, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "cpu_has_bf16", lambda: True)
+    said = "cpu, float32 (a convolution runs 1.00 times as fast in bfloat16 as in float32; 1.15 is asked for)"
+    assert said in script(train, "--data", tiny, *TRAIN, "--amp", "auto", "--out", tmp_path / "run")[1]
+    assert said in script(test, tmp_path / "run")[1]
+
+
+def test_timing_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    assert bf16_gain() > 0 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_float16_is_refused_on_a_cpu(tiny, finished, script, tmp_path):
+    for arguments in ((train, "--data", tiny, *TRAIN, "--out", tmp_path / "run"), (test, finished[0])):
+        status, _, err = script(*arguments, "--device", "cpu", "--amp", "fp16")
+        assert status == 2 and err.startswith("error: --amp fp16: ") and "bf16, off or auto" in err
+    assert not (tmp_path / "run").exists()

@@ -124,6 +124,13 @@ def test_steps_are_made_of_whole_passes():
     assert train.Batches(7, 2, seed=3, steps=2).whole == train.Batches(7, 2, seed=3).whole[:2]
 
 
+def test_the_first_process_decides_on_the_precision(monkeypatch):
+    """The others, which time the convolution beside it, might find another one faster."""
+    monkeypatch.setattr(process, "from_first", lambda make: make is runs.fastest_on_cpu and ("bf16", "it is"))
+    monkeypatch.setattr(runs, "cpu_has_bf16", lambda: False)
+    assert runs.choose_compute("cpu").amp_dtype is torch.bfloat16
+
+
 # ---------------------------------------------------------------------------------------------------- loader processes
 @pytest.mark.parametrize("task", ["seg", "cls"])
 def test_the_number_of_workers_changes_no_figure(tiny, coloured, script, tmp_path, task):

@@ -1,5 +1,6 @@
 """Whatever ends a run, going on gives what a run never ended gives: kills at every point, interruptions, full disks."""
 import csv
+import json
 import multiprocessing
 import os
 import pickle
@@ -261,6 +262,9 @@ def test_going_on_keeps_precision_and_device(tiny, script, tmp_path):
     args = train.parse_args(["--resume", "--out", str(run)])
     assert (args.amp, args.deterministic, args.device) == ("off", True, "cpu")
     assert train.parse_args(["--resume", "--out", str(run), "--amp", "bf16"]).amp == "bf16"
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "device": "tpu", "amp": "float16"}))  # of another machine
+    assert train.parse_args(["--resume", "--out", str(run)]).amp == "auto"
 
 
 def test_interrupted_before_anything_is_saved(tiny, script, tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def test_resume_in_other_states(tiny, script, tmp_path):
         (run / name).unlink()  # as after an interruption in the first epoch
     assert script(train, "--out", run, "--resume")[0] == 0 and len(read_metrics(run)) == 1
     assert json.loads((run / "config.json").read_text())["recipe"] == config["recipe"]
-    assert script(train, "--out", run, "--resume", "--epochs", 2, "--amp", "fp16")[0] == 0  # as on another machine
+    assert script(train, "--out", run, "--resume", "--epochs", 2, "--amp", "bf16")[0] == 0  # as on another machine
     assert len(read_metrics(run)) == 2
 
 
@@ -152,8 +152,8 @@ def test_training_learns(tiny, script, tmp_path):
 
 @pytest.mark.parametrize("flags", [("--arch", "unetpp"), ("--encoder", "efficientnet_b0"), ("--app", "linear"),
                                    ("--app-activation", "relu"), ("--class-weights", "published"),
-                                   ("--amp", "fp16", "--limit-train", "1"),
-                                   ("--amp", "off"), ("--recipe", "paper"), ("--depth", "4"), ("--workers", "2")])
+                                   ("--amp", "bf16"), ("--amp", "auto"), ("--recipe", "paper"), ("--depth", "4"),
+                                   ("--workers", "2")])
 def test_flags_train(tiny, script, tmp_path, flags):
     status, _, _ = script(train, "--data", tiny, "--out", tmp_path / "run", *TRAIN, *flags)
     assert status == 0 and script(test, tmp_path / "run")[0] == 0

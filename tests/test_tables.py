@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import ROOT, TRAIN
 
-SMALL = ["--encoder", "test_resnet", *TRAIN[2:-2]]
+SMALL = ["--encoder", "test_resnet", *TRAIN[2:-4]]
 
 
 @pytest.fixture
