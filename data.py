@@ -302,6 +302,13 @@ def read_fields(records, channels=("DAPI",), what="images"):
     return fields
 
 
+def inverted_masks(fields):
+    """A line for each field whose nuclei cover more than half of it."""
+    shares = [(field, field.mask.sum().item() / field.mask.numel()) for field in fields]
+    return [f"{field.record.mask}: nuclei cover {share:.0%} of the pixels; is the mask inverted?"
+            for field, share in shares if share > 0.5]
+
+
 def read_in_parts(records, channels=("DAPI",), most=None):
     """Reads fields raw, some at a time, as many as have `most` pixels together, PART_PIXELS if it is None, or one that
     is larger: yields lists of each record's Field, or the DataError of reading it, in the records' order."""

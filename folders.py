@@ -150,7 +150,8 @@ def _write_csv(path, columns, rows):
 
 # ------------------------------------------------------------------------------------------------------------- checking
 def check(folder, channels=("DAPI",)):
-    """What is in a data folder: (lines that describe it, one line for each thing that is wrong)."""
+    """What is in a data folder: (lines that describe it, some of them with a NOTE; a line for each thing that is
+    wrong)."""
     folder, lines, problems = Path(folder), [], []
     for task in [task for task, (file, _) in data.MANIFESTS.items() if (folder / file).is_file()] or ["seg"]:
         _check_task(folder, task, channels, lines, problems)
@@ -188,6 +189,7 @@ def _check_task(folder, task, channels, lines, problems):
             if image.min() == image.max():
                 problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
             if field:
+                lines += [f"NOTE {line}" for line in data.inverted_masks([field])]
                 nuclei, pixels = nuclei + int(field.mask.sum()), pixels + field.mask.numel()
                 if not field.mask.any():
                     problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this field?")

@@ -64,7 +64,7 @@ def read_image(path, channels=("DAPI",), dtype=np.float32):
 
 
 def read_mask(path):
-    """Mask (H, W) bool of a PNG or TIFF file: True wherever the file is not 0 (labels are fine).
+    """Mask (H, W) bool of a PNG or TIFF file: True wherever the stored value is not 0 (labels are fine).
 
     Of inForm's _binary_seg_maps.tif the page of the compartment Nucleus is taken. Raises DataError.
     """
@@ -282,8 +282,6 @@ def _page_array(path, page, palette_colours=True):
         array = page.asarray()
         if page.axes == "SYX":
             array = np.moveaxis(array, 0, -1)
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
-            array = ~array
     except (ValueError, ImportError) as error:
         if "imagecodecs" not in str(error):
             raise
@@ -305,10 +303,12 @@ def _page_by_pillow(path, page):
     try:
         with Image.open(path) as picture:
             picture.seek(page.index)
-            return _pixels(picture)
+            array = _pixels(picture)
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: its compression {page.compression.name} needs one more package: "
                         f"pip install imagecodecs") from error
+    # values count as they are stored, also where 0 is to be shown white; Pillow has inverted those of 8 bits or less
+    return ~array if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.itemsize == 1 else array
 
 
 def decode_picture(path, palette_index=False):

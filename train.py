@@ -125,7 +125,8 @@ def load_splits(records, args):
             raise runs.RunError(f"--data: {args.data} has no images of split {split}; training needs some")
     fields = data.read_fields(train + validation, reading.channel_names(args.channel), "training and validation images")
     for line in (*notes([f"{field.record.image}: the image is constant" for field in fields if not field.image.any()]),
-                 *notes([f"{field.record.mask}: the mask is empty" for field in fields if not field.mask.any()])):
+                 *notes([f"{field.record.mask}: the mask is empty" for field in fields if not field.mask.any()]),
+                 *notes(data.inverted_masks(fields))):
         print(line)
     return fields[:len(train)], fields[len(train):]
 

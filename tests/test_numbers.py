@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 import dedl
+import folders
 import prediction
 import runs
 import test
@@ -100,6 +101,17 @@ def test_constant_images_and_empty_masks_are_said_and_trained(tiny, script, tmp_
     assert script(test, tmp_path / "run")[0] == 0
     scores = json.loads((tmp_path / "run" / "test.json").read_text())
     assert all(math.isfinite(value) for value in scores.values() if isinstance(value, float))
+
+
+def test_masks_that_may_be_inverted_are_said(tiny, script, tmp_path):
+    with Image.open(tiny / "labels1.png") as mask:
+        Image.fromarray(np.asarray(mask) == 0).save(tiny / "labels1.png")
+    mask = re.escape(str(tiny / "labels1.png"))
+    said = re.compile(rf"NOTE:? {mask}: nuclei cover \d\d% of the pixels; is the mask inverted\?")
+    status, out, err = script(train, "--data", tiny, *TRAIN, "--out", tmp_path / "run")
+    assert status == 0 and said.search(out), err
+    status, out, err = script(folders, "check", tiny)
+    assert status == 0 and said.search(out) and out.count("NOTE") == 1, err
 
 
 def test_fields_of_a_few_pixels(tiny, script, tmp_path):
