@@ -298,7 +298,7 @@ def read_fields(records, channels=("DAPI",), what="images"):
         if stains(channels, field.channels) != stains(channels, first.channels):
             raise DataError(f"{field.record.image}: the pages {', '.join(channels)} (--channel) are "
                             f"{', '.join(field.channels)}, in {first.record.image.name} {', '.join(first.channels)}; "
-                            f"give names")
+                            f"give names, or files with the same pages")
     return fields
 
 

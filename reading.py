@@ -1,6 +1,7 @@
 """Reading of image files: TIFF stacks with named stains (inForm), PNG, JPEG; masks; intensities brought to [0, 1]."""
 import ctypes
 import logging
+import re
 import warnings
 import xml.etree.ElementTree as ET
 from contextlib import contextmanager
@@ -35,7 +36,9 @@ def read_image(path, channels=("DAPI",), dtype=np.float32):
     names.
 
     Of a TIFF with several pages those named in `channels` are taken, in that order; a number names a page by its place,
-    from 0. Single pages and pictures are taken whole, 1 channel if grey, 3 if coloured (alpha is dropped).
+    from 0. A page without a name of its own is called "0 of 3", by which it is found in files of 3 pages alone. Of
+    z-stacks and time series no page is taken by its place. Single pages and pictures are taken whole, 1 channel if
+    grey, 3 if coloured (alpha is dropped).
     Raises DataError.
     """
     path = Path(path)
@@ -45,7 +48,7 @@ def read_image(path, channels=("DAPI",), dtype=np.float32):
             if len(pages) == 1 and not pages[0][1]:
                 chosen = [(*GREY, pages[0][0])]
             else:
-                chosen = [_find_page(path, pages, name) for name in channels]
+                chosen = [_find_page(path, pages, name, _stack(tiff)) for name in channels]
             arrays = [_page_array(path, page) for _, page in chosen]
         names = tuple(name for name, _ in chosen)
     else:
@@ -234,7 +237,7 @@ def _stain_pages(path, tiff):
         raise DataError(f"{path}: holds no page at full resolution")
     size = described[0][0].shape[:2]
     pages = [(page, xml.get("Name")) for page, xml in described if page.shape[:2] == size]
-    names = _ome_names(tiff)
+    names = _imagej_labels(tiff) or _ome_names(tiff)
     return [(page, name) for (page, _), name in zip(pages, names)] if len(names) == len(pages) > 1 else pages
 
 
@@ -248,18 +251,38 @@ def _ome_names(tiff):
     return [(found.get("Name") or "").strip() for found in first.iterfind(".//{*}Channel")] if first is not None else []
 
 
-def _find_page(path, pages, name):
-    """(stain's name, page): the page with this name, in capitals or not, or else at this place."""
+def _imagej_labels(tiff):
+    labels = (tiff.imagej_metadata or {}).get("Labels") or [] if tiff.is_imagej else []
+    return [label.partition("\n")[0].strip() for label in labels]
+
+
+def _stack(tiff):
+    """"12 pages = 4 z x 3 channels" of a z-stack or time series, "" of other files."""
+    if len(tiff.pages) < 2:
+        return ""
+    size = dict(zip(tiff.series[0].axes, tiff.series[0].shape))
+    deep = [f"{size[axis]} {axis.lower()} x " for axis in "TZ" if size.get(axis, 1) > 1]
+    return f"{len(tiff.pages)} pages = {''.join(deep)}{size.get('C', 1)} channels" if deep else ""
+
+
+def _find_page(path, pages, name, stack=""):
+    """(stain's name, page): the page with this name, in capitals or not, or else at this place. stack: see _stack."""
     names = [found for _, found in pages]
     alike = [i for i, found in enumerate(names) if found == name] or \
             [i for i, found in enumerate(names) if (found or "").lower() == name.lower()]
-    if not alike and name.isdecimal() and int(name) < len(pages):
-        alike = [int(name)]
+    if stack and len(alike) != 1:
+        raise DataError(f"{path}: {stack}; save a projection, or stains as channels, not as a stack")
+    place = re.fullmatch(r"(\d+)( of (\d+))?", name)
+    if not alike and place:
+        if place[3] and int(place[3]) != len(pages):
+            raise DataError(f"{path}: has {len(pages)} pages; page {place[1]} is wanted, of {place[3]} without names: "
+                            f"it may be another stain here; say by --channel which page it is")
+        alike = [int(place[1])] if int(place[1]) < len(pages) else []
     if len(alike) == 1:
         page, found = pages[alike[0]]
         # by a name that two pages have it would not be found again
         unique = found and sum((other or "").lower() == found.lower() for other in names) == 1
-        return found if unique else name, page
+        return found if unique else f"{alike[0]} of {len(pages)}", page
     if len(alike) > 1:
         raise DataError(f"{path}: {len(alike)} of its pages are named {name!r} (--channel); give their numbers, "
                         f"{', '.join(map(str, alike))}")

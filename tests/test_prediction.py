@@ -263,6 +263,69 @@ def test_files_without_stains_have_none_to_remember(tiny):
     assert data.stains(("1", "PD1"), ("CD4", "PD1")) == ("CD4", "PD1")
 
 
+def imagej_stack(path, axes="CYX", count=3, **metadata):
+    """An ImageJ file of so many pages; page k holds about 100 k."""
+    shape = {"CYX": (count, 40, 50), "ZYX": (count, 40, 50), "ZCYX": (4, count // 4, 40, 50), "TYX": (count, 40, 50),
+             "TZCYX": (2, 2, count // 4, 40, 50)}[axes]
+    pixels = np.random.default_rng(0).integers(0, 99, (count, 40, 50)) + 100 * np.arange(count)[:, None, None]
+    tifffile.imwrite(path, pixels.astype(np.uint16).reshape(shape), imagej=True, metadata={"axes": axes, **metadata})
+    return path
+
+
+def test_labels_of_imagej_are_names(tmp_path):
+    path = imagej_stack(tmp_path / "a.tif", Labels=["CD4", "DAPI", "CD8"])
+    image, names = data.read_image(path, ("CD8", "dapi"))
+    assert names == ("CD8", "DAPI") and image.mean((1, 2)).round(-2).tolist() == [200, 100]
+    with pytest.raises(data.DataError, match="no page named 'PD1'.*it has CD4, DAPI, CD8"):
+        data.read_image(path, ("PD1",))
+    assert data.read_image(path, ("2",))[1] == ("CD8",)               # remembered by its name
+
+
+def test_a_run_by_number_refuses_files_with_other_pages(script, tmp_path):
+    """Where pages have no names their number is all that tells of another panel."""
+    for kind, metadata in (("named", {"Labels": ["CD4", "DAPI", "CD8"]}), ("nameless", {})):
+        folder = tmp_path / kind
+        folder.mkdir()
+        rows = ["image,mask,split"]
+        for i, split in enumerate(("train", "train", "validation", "test")):
+            imagej_stack(folder / f"{i}.tif", **metadata)
+            Image.fromarray(np.eye(40, 50, dtype=np.uint8)).save(folder / f"{i}.png")
+            rows.append(f"{i}.tif,{i}.png,{split}")
+        (folder / "segmentation.csv").write_text("\n".join(rows))
+        status, _, err = script(train, "--data", folder, "--out", folder / "run", *TRAIN, "--channel", "1")
+        assert status == 0 and script(test, folder / "run")[0] == 0, err
+    other = imagej_stack(tmp_path / "other.tif", count=4)
+    status, _, err = script(test, tmp_path / "nameless" / "run", "--images", other)
+    assert status == 2 and "other.tif: has 4 pages; page 1 is wanted, of 3 without names: it may" in err
+    assert script(test, tmp_path / "nameless" / "run", "--images", other, "--channel", "1")[0] == 0  # if one says so
+    imagej_stack(other, Labels=["DAPI", "CD4", "CD8"])                # another order: found by name
+    assert json.loads((tmp_path / "named" / "run" / "config.json").read_text())["channels"] == ["DAPI"]
+    assert script(test, tmp_path / "named" / "run", "--images", other)[0] == 0
+    imagej_stack(folder / "1.tif", count=4)                           # a folder that mixes them cannot be trained on
+    status, _, err = script(train, "--data", folder, "--out", tmp_path / "no", *TRAIN, "--channel", "1")
+    assert status == 2 and "1.tif: the pages 1 (--channel) are 1 of 4, in 0.tif 1 of 3" in err
+
+
+@pytest.mark.parametrize("axes, said", [("ZCYX", "4 z x 3 channels"), ("ZYX", "12 z x 1 channels"),
+                                        ("TYX", "12 t x 1 channels"), ("TZCYX", "2 t x 2 z x 3 channels")])
+def test_stacks_are_refused(tmp_path, axes, said):
+    for channel in ("0", "DAPI"):
+        with pytest.raises(data.DataError, match=f"stack.tif: 12 pages = {said}; save a projection"):
+            data.read_image(imagej_stack(tmp_path / "stack.tif", axes, 12), (channel,))
+    tifffile.imwrite(tmp_path / "stack.ome.tif", np.zeros((4, 3, 40, 50), np.uint16), photometric="minisblack",
+                     metadata={"axes": "ZCYX", "Channel": {"Name": ["DAPI", "CD4", "CD8"]}})
+    with pytest.raises(data.DataError, match="12 pages = 4 z x 3 channels"):
+        data.read_image(tmp_path / "stack.ome.tif", ("DAPI",))
+
+
+def test_a_labelled_slice_is_taken_by_its_label_alone(tmp_path):
+    """Fiji's "Images to Stack" makes slices of stains."""
+    path = imagej_stack(tmp_path / "a.tif", "ZYX", Labels=["CD4", "DAPI", "CD8"])
+    assert data.read_image(path, ("DAPI",))[0].mean().round(-2) == 100
+    with pytest.raises(data.DataError, match="3 pages = 3 z x 1 channels"):
+        data.read_image(path, ("1",))
+
+
 def test_names_of_ome_tiffs(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 99, (3, 20, 30)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "a.ome.tif", pixels, photometric="minisblack",
@@ -284,7 +347,7 @@ def test_a_name_of_two_pages_is_no_name(tmp_path):
     with pytest.raises(data.DataError, match="2 of its pages are named 'DAPI'.*0, 1"):
         data.read_image(tmp_path / "b.tif")
     image, names = data.read_image(tmp_path / "b.tif", ("1",))
-    assert image.shape == (1, 8, 8) and names == ("1",)  # by its name it would not be found again
+    assert image.shape == (1, 8, 8) and names == ("1 of 2",)  # by its name it would not be found again
 
 
 def test_stains_are_not_dropped(tmp_path):
