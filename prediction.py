@@ -182,11 +182,14 @@ def classify(model, pictures, compute, indices=None, flips=False, batch=32, prog
     return logits                                                                                       # (N, classes)
 
 
-def save_probabilities(file, records, classes, probabilities, with_labels=False):
-    """A CSV of image, with_labels the true labels joined by ';', and a column of probabilities a class."""
+def save_probabilities(file, records, classes, probabilities, with_labels=False, earlier=None):
+    """A CSV of image, with_labels the true labels joined by ';', and a column of probabilities a class. earlier:
+    {image: row} that stay in front, but for these images'."""
     with process.replacing(file, "w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(["image", *(["labels"] if with_labels else []), *classes])
+        again = {record.name for record in records}
+        writer.writerows(row for image, row in (earlier or {}).items() if image not in again)
         for record, row in zip(records, probabilities.tolist()):
             writer.writerow([record.name, *([";".join(record.labels)] if with_labels else []),
                              *(f"{p:.6f}" for p in row)])

@@ -4,7 +4,7 @@
     python test.py runs/*                      these runs, and a table that compares them
     python test.py RUN --tta                   the mean prediction over flips (and, to segment, turns)
     python test.py RUN --save-masks DIR        segmentation: the predicted masks too, one PNG an image
-    python test.py RUN --images "new/*.tif"    images without truth: RUN/predictions.csv, to segment with masks
+    python test.py RUN --images "new/*.tif"    images without truth: predictions.csv, to segment with masks beside it
     python test.py RUN --export FILE           its network as FILE.pt2 or FILE.onnx, to be used without this project
 
 Each run's folder gets test.json (the printed numbers) and test.png: of a segmentation the best, median and worst image
@@ -87,8 +87,8 @@ def parse_args(argv):
     add("--split", choices=data.SPLITS, default="test", help="[test]")
     add("--images", nargs="+", metavar="PATH", help="predict these images without truth: files, folders, "
         "or patterns like \"new/*.tif\"")
-    add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255 [with "
-        "--images: RUN/predictions]")
+    add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255, and "
+        "of --images predictions.csv [with --images: RUN/predictions]")
     add("--save-probabilities", type=Path, metavar="DIR", help="write the nucleus probability there, <image stem>.png, "
         "16 bits: 0 to 65535")
     add("--channel", help="pages of multi-page TIFFs, where they are named otherwise than in training [the run's]")
@@ -207,9 +207,10 @@ def save_png(array, file):
         Image.fromarray(array).save(handle, "PNG")
 
 
-def output_files(records, args):
+def output_files(records, args, earlier=()):
     """For each record where its mask and its probability map go, DIR/<image stem>.png of the flags' DIRs; None without
-    one. Makes the folders; raises RunError if two would be one file, or one might overwrite data."""
+    one. earlier: images whose masks are there. Makes the folders; raises RunError if two images' would be one file, or
+    one might overwrite data."""
     inputs = {path.resolve().parent for record in records for path in (record.image, record.mask) if path}
     if args.save_masks and args.save_probabilities and args.save_masks.resolve() == args.save_probabilities.resolve():
         raise runs.RunError(f"--save-probabilities {args.save_probabilities}: is the folder of the masks; give another")
@@ -218,7 +219,7 @@ def output_files(records, args):
         if folder and folder.resolve() in inputs:
             raise runs.RunError(f"{flag} {folder}: holds images or masks of the data; give another folder")
         files = [folder and folder / f"{record.image.stem}.png" for record in records]
-        owners = {}
+        owners = {folder / f"{image.stem}.png": image for image in map(Path, earlier)} if flag == "--save-masks" else {}
         for file, record in zip(files if folder else (), records):
             if owners.setdefault(file, record.image) != record.image:
                 raise runs.RunError(f"{'--images' if args.images else flag}: {owners[file]} and {record.image} would "
@@ -229,16 +230,29 @@ def output_files(records, args):
     return list(zip(*columns))
 
 
+def read_table(file, header):
+    """{image: row} of a predictions.csv with this header that earlier calls wrote, {} where there is none. Raises
+    RunError, so that no other table is overwritten."""
+    if not file.is_file():
+        return {}
+    rows = [row for _, row in data.read_csv(file, header, ",".join(header))]
+    if list(rows[0]) != header:
+        raise runs.RunError(f"{file}: has other columns than {', '.join(header)}; move it away")
+    return {row["image"]: list(row.values()) for row in rows}
+
+
 def predict_masks(run, config, compute, args):
-    """Predicts images without truth: masks into RUN/predictions or --save-masks DIR, of each image its nucleus area and
-    count into RUN/predictions.csv. Images that cannot be read are left out and named at the end; then RunError is
-    raised."""
+    """Predicts images without truth: into RUN/predictions or --save-masks DIR their masks and a table, predictions.csv,
+    of nucleus area and count, to which later calls add. Images that cannot be read are left out and named at the end;
+    then RunError is raised."""
     records = [data.Record(path, "test", name=str(path)) for path in data.find_images(args.images)]
     args.save_masks = args.save_masks or run / "predictions"
-    file_of = dict(zip((record.image for record in records), output_files(records, args)))
+    table, header = args.save_masks / "predictions.csv", ["image", "height", "width", "nucleus_area_fraction", "nuclei"]
+    rows = read_table(table, header)
+    file_of = dict(zip((record.image for record in records), output_files(records, args, earlier=rows)))
     model = runs.load_best(run, models.build_segmenter, compute, config)
     bar = process.progress(None, "predicting", "px", sum(reading.pixels_of(record.image) for record in records))
-    rows, unreadable = [], []
+    finished, unreadable = 0, []
     try:
         # fewer at a time than are measured: the masks of all that are finished are there after an interruption
         for part in data.read_in_parts(records, channels_of(config, args), data.PART_PIXELS // 8):
@@ -254,19 +268,20 @@ def predict_masks(run, config, compute, args):
             save_part(masks, maps, [file_of[record.image] for record in done])
             for record, mask in zip(done, masks):  # Tensor.sum would make a copy of eight bytes a pixel
                 area = np.count_nonzero(mask) / mask.numel()
-                rows.append([record.name, *mask.shape, f"{area:.6f}", prediction.count_nuclei(mask)])
+                rows[record.name] = [record.name, *mask.shape, f"{area:.6f}", prediction.count_nuclei(mask)]
+            finished += len(done)
             del masks, maps, mask
     except KeyboardInterrupt as stop:
-        what = f"{len(rows)} of {len(records)} images are in {run / 'predictions.csv'}"
-        raise type(stop)(f"interrupted; {what}") from None
+        raise type(stop)(f"interrupted; {finished} of {len(records)} images are in {table}") from None
     finally:
         bar.close()
-        if rows:
-            with process.replacing(run / "predictions.csv", "w", newline="") as handle:
-                csv.writer(handle).writerows([["image", "height", "width", "nucleus_area_fraction", "nuclei"], *rows])
-    if rows:
-        print(f"{run / 'predictions.csv'}: {len(rows)} images; masks in {args.save_masks}"
-              + (f", probabilities in {args.save_probabilities}" if args.save_probabilities else ""))
+        if finished:
+            with process.replacing(table, "w", newline="") as handle:
+                csv.writer(handle).writerows([header, *rows.values()])
+    if finished:
+        print(f"{table}: {finished} images, their masks beside it"
+              + (f", probabilities in {args.save_probabilities}" if args.save_probabilities else "")
+              + (f"; {len(rows) - finished} more are there" if len(rows) > finished else ""))
     refuse_unreadable(unreadable, records)
 
 
@@ -366,8 +381,9 @@ def validation_parts(run, classes):
 
 
 def predict_labels(run, config, compute, args):
-    """Writes the ensemble's probabilities for pictures without truth to RUN/predictions.csv. Pictures that cannot be
-    read are left out and named at the end; then RunError is raised."""
+    """Writes the ensemble's probabilities for pictures without truth to RUN/predictions.csv, to which later calls add.
+    Pictures that cannot be read are left out and named at the end; then RunError is raised."""
+    earlier = read_table(run / "predictions.csv", ["image", *config["classes"]])
     records = [data.Record(path, "test", name=str(path)) for path in data.find_images(args.images)]
     found = data.PicturesOnDisk(records, config["image_size"], models.interpolation(config["model"]))
     shown, readable, unreadable = [], [], []
@@ -379,7 +395,8 @@ def predict_labels(run, config, compute, args):
             unreadable.append(str(error))
     if readable:
         folds = list(predict_by_folds(run, config, shown, compute, args).values())
-        prediction.save_probabilities(run / "predictions.csv", readable, config["classes"], torch.stack(folds).mean(0))
+        prediction.save_probabilities(run / "predictions.csv", readable, config["classes"], torch.stack(folds).mean(0),
+                                      earlier=earlier)
         print(f"{run / 'predictions.csv'}: {len(readable)} images, mean probabilities of {len(folds)} folds")
     refuse_unreadable(unreadable, records)
 

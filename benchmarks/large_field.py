@@ -52,7 +52,7 @@ def main():
         subprocess.run([sys.executable, harness.ROOT / "test.py", folder / "run", "--images", folder / "large.tif",
                         *flags], check=True)
         seconds = time.perf_counter() - started
-        print((folder / "run" / "predictions.csv").read_text())
+        print((folder / "run" / "predictions" / "predictions.csv").read_text())
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
     print(f"`python {' '.join(['benchmarks/large_field.py', args.run.name, *sys.argv[2:]])}`: "
           f"{harness.machine(runs.choose_compute('auto', 'auto'))}\n"

@@ -158,7 +158,7 @@ def test_new_pictures_get_probabilities(cross_validated, script, tmp_path):
     (tmp_path / "new" / "broken.png").write_bytes(b"x")
     status, out, err = script(test, run, "--images", tmp_path / "new")
     assert status == 2 and err.count("\n") == 1 and "1 of 4 cannot be predicted" in err and "broken.png" in err
-    assert len(read_csv(run / "predictions.csv")) == 4
+    assert read_csv(run / "predictions.csv")[1] == rows[3] and len(read_csv(run / "predictions.csv")) == 5  # it adds
 
 
 def test_folds_can_be_trained_one_by_one_and_gathered(coloured, script, tmp_path):

@@ -51,8 +51,9 @@ def test_new_images_get_masks_maps_and_a_table(run, tiny, script, tmp_path):
     status, out, err = script(test, run, "--images", f"{new}/**/*.png", new / "b.tif", "--save-probabilities",
                               tmp_path / "maps")
     assert status == 2 and err.startswith(f"error: --images: 1 of 4 cannot be predicted; {new / 'broken.png'}: "), err
-    assert f"{run / 'predictions.csv'}: 3 images" in out
-    rows = {row["image"]: row for row in rows_of(run / "predictions.csv")}
+    table = run / "predictions" / "predictions.csv"
+    assert f"{table}: 3 images, their masks beside it, probabilities in {tmp_path / 'maps'}\n" in out
+    rows = {row["image"]: row for row in rows_of(table)}
     assert set(rows) == {str(new / name) for name in ("a.png", "b.tif", "deeper/c.png")}
     for name, field in (("a", "field0"), ("b", "field1"), ("c", "field2")):
         mask = np.asarray(Image.open(run / "predictions" / f"{name}.png"))
@@ -74,7 +75,7 @@ def test_images_that_cannot_be_predicted_do_not_stop_the_others(run, tiny, scrip
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tiny / "field2.png")
     status, out, err = script(test, run, "--images", *(tiny / f"field{i}.png" for i in (1, 0, 2, 3)))
     assert status == 2 and "error: --images: 2 of 4 cannot be predicted" in err and "field1.png" in err
-    assert "field2.png: has 3 channels" in out and len(rows_of(run / "predictions.csv")) == 2
+    assert "field2.png: has 3 channels" in out and len(rows_of(run / "predictions/predictions.csv")) == 2
     assert script(test, run, "--images", tiny / "field1.png")[::2][1].count("\n") == 1
 
 
@@ -83,6 +84,27 @@ def test_masks_of_two_images_never_share_a_file(run, tiny, script, tmp_path):
     (tmp_path / "other" / "field0.png").write_bytes((tiny / "field0.png").read_bytes())
     status, _, err = script(test, run, "--images", tiny / "field0.png", tmp_path / "other" / "field0.png")
     assert status == 2 and "would both go into" in err and not (run / "predictions").exists()
+
+
+def test_two_folders_of_images_keep_both_tables(run, tiny, script, tmp_path):
+    """What the error above advises; and a second call into one folder adds to its table."""
+    other, masks = tmp_path / "other", tmp_path / "masks"
+    other.mkdir()
+    (other / "field0.png").write_bytes((tiny / "field3.png").read_bytes())
+    assert script(test, run, "--images", tiny / "field0.png")[0] == 0
+    assert script(test, run, "--images", other / "field0.png", "--save-masks", masks)[0] == 0
+    first, second = rows_of(run / "predictions" / "predictions.csv"), rows_of(masks / "predictions.csv")
+    assert [row["image"] for row in first + second] == [str(tiny / "field0.png"), str(other / "field0.png")]
+    status, out, _ = script(test, run, "--images", tiny / "field1.png", tiny / "field0.png")
+    assert status == 0 and "predictions.csv: 2 images, their masks beside it\n" in out
+    both = rows_of(run / "predictions" / "predictions.csv")
+    assert both[0] == first[0] and [row["image"][-10:] for row in both] == ["field0.png", "field1.png"]
+    status, _, err = script(test, run, "--images", other / "field0.png", "--save-masks", run / "predictions")
+    assert status == 2 and "would both go into" in err and rows_of(run / "predictions" / "predictions.csv") == both
+    (masks / "predictions.csv").write_text("image,height\na.png,3\n")  # somebody else's
+    status, _, err = script(test, run, "--images", tiny / "field0.png", "--save-masks", masks)
+    assert status == 2 and "predictions.csv: needs one column 'width'" in err
+    assert (masks / "predictions.csv").read_text() == "image,height\na.png,3\n"
 
 
 def test_an_interruption_keeps_the_table_of_what_is_done(run, tiny, script, monkeypatch):
@@ -97,8 +119,9 @@ def test_an_interruption_keeps_the_table_of_what_is_done(run, tiny, script, monk
     monkeypatch.setattr(prediction, "evaluate", evaluate)
     monkeypatch.setattr(data, "PART_PIXELS", 1)
     status, _, err = script(test, run, "--images", f"{tiny}/field*.png")
-    assert status == 130 and err == f"interrupted; 2 of 9 images are in {run / 'predictions.csv'}\n"
-    assert len(rows_of(run / "predictions.csv")) == len(list((run / "predictions").iterdir())) == 2
+    table = run / "predictions" / "predictions.csv"
+    assert status == 130 and err == f"interrupted; 2 of 9 images are in {table}\n"
+    assert len(rows_of(table)) == len(list((run / "predictions").glob("*.png"))) == 2
 
 
 @pytest.mark.parametrize("seed", range(60))
