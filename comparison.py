@@ -11,8 +11,8 @@ COLUMNS = {"seg": {"iou": "IoU", "mean_image_iou": "mean image IoU", "dice": "Di
 
 
 def show(measured):
-    """Prints a table for each task, the best setting first. measured: (folder, config, scores) of each run. Runs whose
-    flags are the same but for the seed, the machine and the place are of one setting."""
+    """Prints a table for each task, the best setting first. measured: (folder, config, scores) of each run. Runs of the
+    same code whose flags are the same but for the seed, the machine and the place are of one setting."""
     once = {run.resolve(): (run, config, scores) for run, config, scores in measured}
     for task, columns in COLUMNS.items():
         groups = {}
@@ -30,7 +30,7 @@ def setting_of(config, scores):
     kept = {f"--{name.replace('_', '-')}": str(config.get(name)) for name in flags
             if name not in (*settings.PLACE, "seed")}
     return {**kept, "--weights": config["weights_used"], "--data": Path(config["data"]).name,
-            "folds measured:": str(scores.get("folds", ""))}
+            "folds measured:": str(scores.get("folds", "")), "code:": str(config.get("code"))}
 
 
 def show_groups(columns, groups):

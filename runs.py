@@ -1,5 +1,7 @@
 """What train.py and test.py share about a run: its device and precision, its folder and checkpoints."""
+import ast
 import ctypes
+import hashlib
 import json
 import os
 import statistics
@@ -18,6 +20,8 @@ import process
 
 RUNS = Path("runs")
 SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic-v2"  # the number rises when data.py makes other pictures
+# the method, the networks, the data and the loop, by which code_digest tells runs apart
+COMPUTES = ("dedl.py", "blocks.py", "encoders.py", "models.py", "reading.py", "data.py", "prediction.py", "train.py")
 BF16_GAIN = 1.15  # on a CPU bf16 must be this much faster than float32 to be taken
 WRITTEN = ("best.pt", "last.pt", "metrics.csv", "samples.png", "curves.png", "validation.csv", "test.json", "test.png",
            "test.csv", "predictions.csv", "segmentation.csv", "classification.csv")  # where one lies, no run may begin
@@ -206,6 +210,36 @@ def read_config(run):
         if task not in CONFIG_OF or not isinstance(config.get(name), kind):
             raise RunError(f"{run / 'config.json'}: is not what train.py writes: it must hold {name}, {kind.__name__}")
     return config
+
+
+def code_digest(folder=Path(__file__).parent):
+    """Eight digits that tell which code computes: of the syntax trees of COMPUTES, so that comments, docstrings and
+    layout do not count."""
+    trees = [_tree(ast.parse((folder / name).read_text(encoding="utf-8"))) for name in COMPUTES]
+    return hashlib.sha256(repr(trees).encode()).hexdigest()[:8]
+
+
+def _tree(node):
+    """A syntax tree as lists, without places, docstrings and what is empty: the same in all versions of Python."""
+    if isinstance(node, list):
+        return [_tree(part) for part in node]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        fields["body"] = fields["body"][1:]
+    return [type(node).__name__, *([name, _tree(value)] for name, value in fields.items() if value not in (None, []))]
+
+
+def code_of(begun, out):
+    """code_digest for the config.json of the run `out`; where other code has begun it, as its config `begun` says, both
+    digests, and a NOTE is printed."""
+    code = code_digest()
+    before = str(begun.get("code")) if begun else code
+    if before.split("+")[-1] == code:
+        return before
+    print(f"  NOTE: the code that trains has changed since {out} was begun ({before}, now {code}): it is of both")
+    return f"{before}+{code}"
 
 
 def save_json(values, file):

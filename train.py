@@ -55,7 +55,8 @@ def train_segmentation(args, compute):
     name = f"seg-{args.data.name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}"
     args.out = out = args.out if args.resume else process.from_first(runs.new_run, args.out, name)
     records, said = data.find_records(args.data, args.seed)
-    refuse_other_data(args, records, process.from_first(lambda: runs.read_config(out)) if args.resume else None)
+    begun = process.from_first(lambda: runs.read_config(out)) if args.resume else None
+    refuse_other_data(args, records, begun)
     print(*said, *notes(data.leaks(records)), sep="\n")
     train_fields, val_fields = load_splits(records, args)
     weights_of_classes = segmentation_weights(args.class_weights, train_fields)
@@ -68,7 +69,7 @@ def train_segmentation(args, compute):
     # not if it was interrupted in its first epoch
     resumes = args.resume and process.from_first((out / "last.pt").is_file)
     model = models.build_segmenter(**setting, weights="none" if resumes else args.weights)
-    weights_used = process.from_first(lambda: runs.read_config(out)["weights_used"] if resumes else model.weights_used)
+    weights_used = begun["weights_used"] if resumes else process.from_first(getattr, model, "weights_used")
     model = model.to(compute.device, memory_format=torch.channels_last)
     app = dedl.build_app(args.app, args.tile, activation=args.app_activation)
     app = app.to(compute.device) if app else None
@@ -81,7 +82,7 @@ def train_segmentation(args, compute):
     config = save_config(args, compute, model, setting=setting, weights_used=weights_used,
                          class_weights_used=weights_of_classes, channels=train_fields[0].channels,
                          images={split: sum(r.split == split for r in records) for split in data.SPLITS},
-                         rows=digest(records), train_images_used=len(train_fields))
+                         rows=digest(records), train_images_used=len(train_fields), code=runs.code_of(begun, out))
     if args.compile:
         model.compile()
     print(f"{out}: {args.arch}/{args.encoder}, {config['parameters'] / 1e6:.2f} M parameters, APP {args.app}, "
@@ -168,7 +169,7 @@ def train_classification(args, compute):
 
     # 2. fold by fold
     setting = dict(model=args.model, classes=len(classes), image_size=args.image_size)
-    weights = begun["weights_used"] if begun else args.weights
+    weights, code = begun["weights_used"] if begun else args.weights, runs.code_of(begun, out)
     chosen = list(range(args.folds)) if args.fold is None else [args.fold]
     if begun and args.fold is None and begun.get("fold") is not None:  # begun fold by fold: go on with those there
         chosen = [fold for fold in chosen if (out / f"fold{fold}").is_dir()]
@@ -186,7 +187,7 @@ def train_classification(args, compute):
             weights = process.from_first(getattr, model, "weights_used")  # not by a try to download in each fold
         weights_of_classes = classification_weights(args.class_weights, classes, labelled.truth[train])
         config = save_config(args, compute, model, setting=setting, weights_used=weights, classes=classes,
-                             images=images, rows=digest(records),
+                             images=images, rows=digest(records), code=code,
                              train_images_used=len(known) if args.folds > 1 else len(train),
                              **({"fold": begun.get("fold")} if begun else {}))
         if process.rank() == 0:  # after config.json: who finds the folder finds that too

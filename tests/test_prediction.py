@@ -403,7 +403,7 @@ def test_several_runs_are_compared_in_one_table(run, tiny, script, tmp_path, mon
     ious = {}
     for name, changes, iou in (("a", {"seed": 1}, 0.8), ("b", {"seed": 2, "out": "b", "workers": 3}, 0.6),
                                ("again", {"seed": 2}, 0.7), ("c", {"app": "none", "seed": 1}, 0.9),
-                               ("no_run", None, 0)):
+                               ("d", {"seed": 3, "code": "another"}, 0.1), ("no_run", None, 0)):
         (tmp_path / name).mkdir()
         if changes:
             (tmp_path / name / "best.pt").write_bytes((run / "best.pt").read_bytes())
@@ -411,12 +411,15 @@ def test_several_runs_are_compared_in_one_table(run, tiny, script, tmp_path, mon
             ious[name] = iou
     order, whole = iter(ious.values()), dedl.segmentation_scores
     monkeypatch.setattr(dedl, "segmentation_scores", lambda counts: {**whole(counts), "iou": next(order)})
-    status, out, err = script(test, *(tmp_path / name for name in ("a", "b", "again", "c", "no_run")))
-    assert status == 2 and err.startswith("error: 1 of 5 runs cannot be measured") and "no_run" in err
-    header, first, second = out.strip().splitlines()[-3:]
-    assert header.split()[0] == "IoU" and first.split()[0] == "0.9000" and f"--app none ({tmp_path / 'c'})" in first
+    status, out, err = script(test, *(tmp_path / name for name in ("a", "b", "again", "c", "d", "no_run")))
+    assert status == 2 and err.startswith("error: 1 of 6 runs cannot be measured") and "no_run" in err
+    header, first, second, third = out.strip().splitlines()[-4:]
+    code = f"code: {config['code']}"
+    assert header.split()[0] == "IoU" and first.split()[0] == "0.9000"
+    assert f"--app none {code} ({tmp_path / 'c'})" in first
     # of two runs of one seed the mean counts once: 0.8, and 0.65 of 0.6 and 0.7
-    assert second.split()[:3] == ["0.7250", "±", "0.1061"] and "3  --app conv (seeds 1, 2)" in second
+    assert second.split()[:3] == ["0.7250", "±", "0.1061"] and f"3  --app conv {code} (seeds 1, 2)" in second
+    assert third.split()[0] == "0.1000" and "1  --app conv code: another (" in third  # not another seed of them
     assert all((tmp_path / name / "test.json").is_file() for name in ious)
 
 

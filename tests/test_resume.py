@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import CLASSIFY, THREADS, TRAIN
+from conftest import CLASSIFY, ROOT, THREADS, TRAIN
 
 import data
 import prediction
@@ -265,6 +265,32 @@ def test_going_on_keeps_precision_and_device(tiny, script, tmp_path):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "device": "tpu", "amp": "float16"}))  # of another machine
     assert train.parse_args(["--resume", "--out", str(run)]).amp == "auto"
+
+
+def test_the_digest_of_the_code_is_of_what_computes(tmp_path):
+    for name in runs.COMPUTES:
+        shutil.copy(ROOT / name, tmp_path)
+    assert runs.code_digest(tmp_path) == runs.code_digest()
+    method = (ROOT / "dedl.py").read_text()
+    for old, new, same in (("# inv_ex: no wait for the GPU", "", True), ("\n\n\n", "\n\n", True),
+                           ('"""The method:', '"""A method:', True), ("(1 - truth)", "(1.1 - truth)", False)):
+        assert old in method
+        (tmp_path / "dedl.py").write_text(method.replace(old, new))
+        assert (runs.code_digest(tmp_path) == runs.code_digest()) == same
+
+
+@pytest.mark.parametrize("task", ["seg", "cls"])
+def test_going_on_with_other_code_is_said_and_recorded(tiny, coloured, script, tmp_path, monkeypatch, task):
+    run, ours = tmp_path / "run", runs.code_digest()
+    arguments = {"seg": ["--data", tiny, *TRAIN], "cls": ["--data", coloured, *CLASSIFY, "--epochs", 1]}[task]
+    status, out, _ = script(train, *arguments, "--out", run)
+    assert status == 0 and "the code that trains" not in out and runs.read_config(run)["code"] == ours
+    for epochs, code, noted, recorded in ((2, ours, False, ours), (3, "12345678", True, f"{ours}+12345678"),
+                                          (4, "12345678", False, f"{ours}+12345678")):
+        monkeypatch.setattr(runs, "code_digest", lambda code=code: code)
+        status, out, err = script(train, "--resume", "--out", run, "--epochs", epochs)
+        said = f"NOTE: the code that trains has changed since {run} was begun ({ours}, now 12345678)"
+        assert status == 0 and (said in out) == noted and runs.read_config(run)["code"] == recorded, err
 
 
 def test_interrupted_before_anything_is_saved(tiny, script, tmp_path, monkeypatch):
