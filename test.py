@@ -1,7 +1,7 @@
 """Measures trained runs on images they have not seen, or predicts new ones.
 
     python test.py                             the newest run, on the test split of its data folder
-    python test.py runs/*                      these runs, and a table that compares them
+    python test.py runs/*                      these runs on their validation rows, and a table that compares them
     python test.py RUN --tta                   the mean prediction over flips (and, to segment, turns)
     python test.py RUN --save-masks DIR        segmentation: the predicted masks too, one PNG an image
     python test.py RUN --images "new/*.tif"    images without truth: predictions.csv, to segment with masks beside it
@@ -38,6 +38,9 @@ def main(argv=None):
         if (Path(path) / "config.json").is_file():
             raise runs.RunError(f"--images {path}: is the folder of a run; name runs before --images")
     folders = args.runs or [runs.newest_run("best.pt")]
+    # settings are chosen by a comparison: then the test rows stay unseen, unless one asks for them
+    args.by_parts = len(folders) > 1 and not (args.split or args.data or args.tta)
+    args.split = args.split or ("validation" if len(folders) > 1 else "test")
     for flag in ("save_masks", "save_probabilities", "images", "export"):
         if getattr(args, flag) and len(folders) > 1:
             raise runs.RunError(f"--{flag.replace('_', '-')}: takes one run; name one")
@@ -74,6 +77,8 @@ def test(run, config, compute, args, brief):
             raise runs.RunError(f"--{flag.replace('_', '-')}: {run} is a classification; it has no masks")
     if args.images:
         return (predict_labels if config["task"] == "cls" else predict_masks)(run, config, compute, args)
+    if config["task"] == "cls" and args.by_parts:
+        return validation_scores(run, config)
     if config["task"] == "cls":
         return test_classification(run, config, compute, args, brief)
     return test_segmentation(run, config, compute, args, brief)
@@ -84,7 +89,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="folders of trained runs [the newest in runs/]")
     add("--data", type=Path, help="data folder [the run's own]")
-    add("--split", choices=data.SPLITS, default="test", help="[test]")
+    add("--split", choices=data.SPLITS, help="[test; of several runs validation, of a cross-validation the validation "
+        "parts of its folds]")
     add("--images", nargs="+", metavar="PATH", help="predict these images without truth: files, folders, "
         "or patterns like \"new/*.tif\"")
     add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255, and "
@@ -378,6 +384,15 @@ def validation_parts(run, classes):
         twice = next(image for image in images if images.count(image) > 1)
         raise runs.RunError(f"{run}: {twice} is in the validation part of two folds; they are not of one run")
     return torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+
+
+def validation_scores(run, config):
+    """Scores of a cross-validation on all of its training images, each as the fold saw it that did not train on it."""
+    probabilities, truth = validation_parts(run, config["classes"])
+    scores = dedl.classification_scores(probabilities > 0.5, truth, config["classes"])
+    folds = len(runs.fold_folders(run))
+    print(f"{run} on the validation parts of its {folds} folds: micro F1 {scores['f1_micro']:.4f}", flush=True)
+    return {**scores, "folds": folds}
 
 
 def predict_labels(run, config, compute, args):

@@ -420,7 +420,12 @@ def test_several_runs_are_compared_in_one_table(run, tiny, script, tmp_path, mon
     # of two runs of one seed the mean counts once: 0.8, and 0.65 of 0.6 and 0.7
     assert second.split()[:3] == ["0.7250", "±", "0.1061"] and f"3  --app conv {code} (seeds 1, 2)" in second
     assert third.split()[0] == "0.1000" and "1  --app conv code: another (" in third  # not another seed of them
-    assert all((tmp_path / name / "test.json").is_file() for name in ious)
+    # settings are chosen: the test rows stay unseen, unless they are asked for
+    assert all((tmp_path / name / "validation.json").is_file() for name in ious) and "on the validation split of" in out
+    assert not list(tmp_path.glob("*/test.*"))
+    monkeypatch.setattr(dedl, "segmentation_scores", whole)
+    status, out, err = script(test, tmp_path / "a", tmp_path / "c", "--split", "test")
+    assert status == 0 and out.count("on the test split of") == 2 and (tmp_path / "c" / "test.json").is_file(), err
 
 
 def test_cross_validations_are_compared_with_their_like(cross_validated, script, tmp_path):
@@ -430,3 +435,21 @@ def test_cross_validations_are_compared_with_their_like(cross_validated, script,
     lines = out.strip().splitlines()[-3:]
     assert status == 0 and "micro F1" in lines[0], err
     assert sorted(line.split("folds measured: ")[1].split()[0] for line in lines[1:]) == ["2", "3"]
+
+
+def test_cross_validations_are_compared_on_the_validation_parts_of_their_folds(cross_validated, script, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(cross_validated[0], run, ignore=shutil.ignore_patterns("test.*"))
+    right = labels = found = 0
+    for fold in range(3):
+        with open(run / f"fold{fold}" / "validation.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                truth = set(row["labels"].split(";"))
+                guess = {name for name in ("blue", "green", "red") if float(row[name]) > 0.5}
+                right, labels, found = right + len(truth & guess), labels + len(truth), found + len(guess)
+    status, out, err = script(test, run, run)
+    assert status == 0 and not list(run.glob("test.*")), err
+    assert f"{run} on the validation parts of its 3 folds: micro F1 {2 * right / (labels + found):.4f}\n" in out
+    assert f"{2 * right / (labels + found):.4f}" in out.splitlines()[-1]
+    status, out, _ = script(test, run, run, "--split", "test")
+    assert status == 0 and "on the test split of" in out and (run / "test.json").is_file()
