@@ -18,6 +18,7 @@ import os
 import random
 import re
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -186,6 +187,18 @@ def leaks(records):
         other = next(row for row in others if row.split != first.split)
         lines.append(f"{first.image} ({first.split}) and {other.image} ({other.split}) are the same picture: {what}")
     return lines
+
+
+def class_notes(records):
+    """A line for each group of classes that differ only in case or spaces, and for each class with a single image."""
+    counts = Counter(label for record in records for label in record.labels)
+    spellings = {}
+    for name in sorted(counts):
+        spellings.setdefault("".join(name.split()).casefold(), []).append(name)
+    lines = [f"classes {', '.join(map(repr, names))} differ only in case or spaces; are they one?"
+             for names in spellings.values() if len(names) > 1]
+    return lines + [f"class {name!r} has a single image; is it meant? (a ';' in a cell separates labels)"
+                    for name, count in sorted(counts.items()) if count == 1]
 
 
 def _inform_records(folder):

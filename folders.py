@@ -163,6 +163,7 @@ def _check_task(folder, task, channels, lines, problems):
     records, said = data.find_records(folder, problems=problems, task=task, needs_validation=task == "seg")
     lines += said
     problems += data.leaks(records)
+    lines += [f"NOTE {line}" for line in data.class_notes(records)]
     classes, kinds = data.class_names(records), {}                     # kinds: {names of the channels: sizes}
     for split in data.SPLITS:
         rows = [record for record in records if record.split == split]

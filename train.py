@@ -156,7 +156,7 @@ def train_classification(args, compute):
     if begun and not args.resume:  # one more fold of a run that is there
         refuse_other_settings(args, begun)
     records, said = data.find_records(args.data, args.seed, task="cls", needs_validation=args.folds == 1)
-    print(*said, *notes(data.leaks(records)), sep="\n")
+    print(*said, *notes(data.leaks(records)), *notes(data.class_notes(records)), sep="\n")
     classes, images = data.class_names(records), {s: sum(r.split == s for r in records) for s in data.SPLITS}
     refuse_other_data(args, records, begun)
     known, folds = choose_folds(records, classes, args)

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import SHARED, needs, write_folder, write_pictures
+from conftest import CLASSIFY, SHARED, needs, write_folder, write_pictures
 from PIL import Image
 
 import data
 import folders
 import reading
 import synthetic
+import train
 
 REAL = SHARED / "inform" / "FIHC4__0929309_HP_IM3_2_component_data.tif"
 
@@ -586,6 +587,20 @@ def test_check_of_a_classification_folder(tmp_path, script):
                  "picture0.png: the image is constant", "picture1.png: cannot be read",
                  "label 'violet' has no training image"):
         assert said in out
+
+
+def test_classes_that_may_be_one_and_single_images_are_said(tmp_path, script):
+    folder = write_pictures(tmp_path / "coloured")
+    text = (folder / "classification.csv").read_text()
+    (folder / "classification.csv").write_text(text.replace("picture1.png,green", "picture1.png,GREEN").replace(
+        "picture2.png,red;green", "picture2.png,r ed;green").replace("picture0.png,red", "picture0.png,red;high"))
+    said = ("classes 'GREEN', 'green' differ only in case or spaces", "classes 'r ed', 'red' differ only",
+            "class 'high' has a single image", "class 'r ed' has a single image")
+    for module, arguments, note in ((train, ["--data", folder, *CLASSIFY, "--fold", 0, "--out", tmp_path / "run"],
+                                     "  NOTE: "), (folders, ["check", folder], "NOTE ")):
+        status, out, err = script(module, *arguments)
+        assert status == 0 and all(f"{note}{line}" in out for line in said), err
+        assert out.count("single image") == 3                         # 'GREEN' too
 
 
 def test_images_are_found_by_file_folder_and_pattern(tmp_path):
