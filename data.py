@@ -99,6 +99,8 @@ def read_manifest(manifest, truth="mask"):
     rows = read_csv(manifest, ("image", truth, "split"), f"image,{truth},split[,patient]")
     records, problems, seen = [], [], {}
     for line, row in rows:
+        for column in {"image", "mask"} & set(row):
+            row[column] = row[column].replace("\\", "/")  # as Windows writes paths
         wrong = []
         if row["split"] not in SPLITS:
             wrong.append(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
@@ -139,16 +141,22 @@ def refuse_special(path):
 
 def read_csv(path, columns, first_line):
     """[(line number, {column: text})] of a CSV file that has these columns, separated by commas or, as some
-    spreadsheets write, all by semicolons. Raises DataError."""
+    spreadsheets write, all by semicolons or tabs. Raises DataError."""
     refuse_special(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
             file.seek(0)
-            reader = csv.reader(file, delimiter=";" if ";" in first and "," not in first else ",", strict=True)
+            separator = next((mark for mark in ",\t;" if mark in first), ",")
+            reader = csv.reader(file, delimiter=separator, strict=True)
             rows = [(reader.line_num, row) for row in reader if any(row)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: is not a CSV file in UTF-8 ({error})") from error
+    except UnicodeDecodeError as error:
+        with open(path, "rb") as file:
+            found = "UTF-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "Windows-1252 (cp1252)"
+        raise DataError(f"{path}: is not a CSV file in UTF-8, but in {found}, it seems; save it as \"CSV UTF-8\""
+                        ) from error
+    except csv.Error as error:
+        raise DataError(f"{path}: is not a CSV file ({error})") from error
     names = rows[0][1] if rows else []
     if len(rows) < 2:
         raise DataError(f"{path}: is empty; it needs a line {first_line} and one line an image")

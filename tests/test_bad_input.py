@@ -209,10 +209,11 @@ BAD = [
     ("seg", [], manifest(lambda text: text.replace("image,mask", "picture,mask")), "needs one column 'image'"),
     ("seg", [], manifest(lambda text: text.replace("mask,split", "mask,mask")), "needs one column 'mask'"),
     ("cls", [], labels(lambda text: text.replace("labels", "mask")), "needs one column 'labels'"),
-    ("seg", [], manifest(lambda text: text.encode("utf-16")), "segmentation.csv: is not a CSV file in UTF-8"),
-    ("seg", [], manifest(lambda text: text.replace("field0", "f\u00e9ld").encode("latin-1")), "is not a CSV file in"),
+    ("seg", [], manifest(lambda text: text.encode("utf-16")), "is not a CSV file in UTF-8, but in UTF-16, it seems"),
+    ("seg", [], manifest(lambda text: text.replace("field0", "f\u00e9ld").encode("cp1252")),
+     "is not a CSV file in UTF-8, but in Windows-1252 (cp1252), it seems; save it as \"CSV UTF-8\""),
     ("seg", [], manifest(lambda text: text.replace("field0", '"field0')), "segmentation.csv"),
-    ("seg", [], manifest(lambda text: text.replace(",", "\t")), "needs one column 'image'"),
+    ("seg", [], manifest(lambda text: text.replace(",", "|")), "needs one column 'image'"),
     ("cls", [], labels(lambda text: text.replace(",", ";")), "cells, the first line 3"),
     ("seg", [], manifest(lambda text: text.replace("labels1.png,", "")), "line 3: has 2 cells, the first line 3"),
     ("seg", [], manifest(lambda text: text.replace("labels1.png", "labels1.png,x")), "line 3: has 4 cells"),
@@ -348,10 +349,11 @@ def test_a_place_for_the_synthetic_set_that_cannot_be_written(script, tiny, monk
 
 @pytest.mark.parametrize("text", [
     lambda text: "\ufeff" + text.replace("\n", "\r\n"), lambda text: text.replace(",", ";"),
+    lambda text: text.replace(",", "\t"), lambda text: text.replace("field", ".\\field").replace("labels", ".\\labels"),
     lambda text: text.replace("\n", ",,\n"), lambda text: text + "\n,,\n\n",
     lambda text: text.replace("field1.png", '"field1.png"')])
 def test_manifests_as_spreadsheets_write_them_are_read(tiny, script, tmp_path, text):
-    """A byte order mark, CRLF, semicolons, empty columns and lines, quotes."""
+    """A byte order mark, CRLF, semicolons, tabs, backslashes in paths, empty columns and lines, quotes."""
     file = tiny / "segmentation.csv"
     file.write_bytes(text(file.read_text()).encode())
     assert script(folders, "check", tiny)[0] == 0
