@@ -311,7 +311,8 @@ def read_fields(records, channels=("DAPI",), what="images"):
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
         read = pool.map(lambda record: read_field(record, channels), records)
         fields = list(process.progress(read, f"reading {what}", total=len(records)))
-    first = fields[0]
+    usual = Counter(len(field.image) for field in fields).most_common(1)[0][0]
+    first = next(field for field in fields if len(field.image) == usual)
     for field in fields:
         if len(field.image) != len(first.image):
             raise DataError(f"{field.record.image}: has {len(field.image)} channels, {first.record.image.name} has "

@@ -164,13 +164,15 @@ def _check_task(folder, task, channels, lines, problems):
     lines += said
     problems += data.leaks(records)
     lines += [f"NOTE {line}" for line in data.class_notes(records)]
-    classes, kinds = data.class_names(records), {}                     # kinds: {names of the channels: sizes}
+    classes, kinds, images = data.class_names(records), {}, {}         # {names of the channels: sizes}, {number: files}
     for split in data.SPLITS:
         rows = [record for record in records if record.split == split]
         patients = sorted({record.patient for record in rows if record.patient})
         lines.append(f"{split}: {len(rows)} images" + (f" of {len(patients)} patients" if patients else ""))
-        if not rows and (task, split) != ("cls", "validation"):
-            problems.append(f"there are no rows of split {split}")
+        if not rows and split == "train":
+            problems.append("there are no rows of split train")
+        elif not rows and (task, split) != ("cls", "validation"):
+            lines.append(f"NOTE there are no rows of split {split}")
         counts = {name: sum(name in record.labels for record in rows) for name in classes}
         if task == "cls":
             lines.append("  " + ", ".join(f"{name} {count}" for name, count in counts.items()) +
@@ -187,6 +189,7 @@ def _check_task(folder, task, channels, lines, problems):
                 problems.append(str(error))
                 continue
             kinds.setdefault(field.channels if field else ("RGB",), set()).add(data.size_of(image))
+            images.setdefault(len(image), []).append(record.image)
             if image.min() == image.max():
                 problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
             if field:
@@ -199,8 +202,9 @@ def _check_task(folder, task, channels, lines, problems):
     for names, sizes in kinds.items():
         lines.append(f"channels {', '.join(names)}; sizes {', '.join(sorted(sizes)[:8])}"
                      f"{' ...' if len(sizes) > 8 else ''}")
-    if len({len(names) for names in kinds}) > 1:
-        problems.append("images have different numbers of channels; a network takes one number")
+    usual = max(images, key=lambda number: len(images[number]), default=None)
+    problems += [f"{files[0]}: has {number} channels, most images have {usual}; a network takes one number"
+                 for number, files in images.items() if number != usual]
 
 
 # --------------------------------------------------------------------------------------------------------- command line

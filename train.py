@@ -121,9 +121,7 @@ def load_splits(records, args):
     """Training and validation fields, read. Raises RunError where there are none."""
     train, validation = ([record for record in records if record.split == split] for split in ("train", "validation"))
     train = limit(train, args)
-    for split, found in (("train", train), ("validation", validation)):
-        if not found:
-            raise runs.RunError(f"--data: {args.data} has no images of split {split}; training needs some")
+    refuse_too_few(train, validation, args)
     fields = data.read_fields(train + validation, reading.channel_names(args.channel), "training and validation images")
     for line in (*notes([f"{field.record.image}: the image is constant" for field in fields if not field.image.any()]),
                  *notes([f"{field.record.mask}: the mask is empty" for field in fields if not field.mask.any()]),
@@ -210,9 +208,7 @@ def choose_folds(records, classes, args):
     """
     train, validation = ([record for record in records if record.split == split] for split in ("train", "validation"))
     train = limit(train, args)
-    if not train or (args.folds == 1 and not validation):
-        raise runs.RunError(f"--data: {args.data} has no images of split {'validation' if train else 'train'}; "
-                            f"training needs some")
+    refuse_too_few(train, validation or args.folds > 1, args)
     if len({frozenset(record.labels) for record in train}) == 1:
         what = f"the same label, {';'.join(train[0].labels)}" if train[0].labels else "no label"
         raise runs.RunError(f"--data: all {len(train)} training images have {what}; there is nothing to tell apart")
@@ -339,6 +335,15 @@ def notes(lines, most=5):
     """The lines as they are printed: marked, of many the first ones."""
     more = [f"... {len(lines) - most} more like that"] if len(lines) > most else []
     return [f"  NOTE: {line}" for line in lines[:most] + more]
+
+
+def refuse_too_few(train, validation, args):
+    """Raises RunError without images to train on, or to validate on: of two or more training images some are drawn."""
+    if not train:
+        raise runs.RunError(f"--data: {args.data} has no images of split train; training needs some")
+    if not validation:
+        raise runs.RunError(f"--data: {args.data} has one training image and no validation rows; one image cannot be "
+                            f"both; add another")
 
 
 def limit(records, args):

@@ -229,7 +229,9 @@ BAD = [
     ("seg", [], manifest(lambda text: text.replace("field0", "f" * 300)), "is not there"),
     ("seg", [], manifest(lambda text: text.replace("field0", "f\0")), "segmentation.csv"),
     ("seg", [], only("test"), "has no images of split train"),
-    ("seg", [], only("train", 1), "has no images of split validation"),
+    ("seg", [], only("train", 1), "has one training image and no validation rows; one image cannot be both"),
+    ("cls", ["--folds", "1"], rows(lambda found: found[:1]), "has one training image and no validation rows"),
+    ("seg", [], picture("field0.png", (67, 40), "RGB"), "field0.png: has 3 channels, field1.png has 1"),  # the odd one
     ("test", ["{seg}", "--data", "{tiny}", "--split", "train"], only("test"), "has no images of split train"),
     ("cls", [], rows(lambda found: [row for row in found if row[2] == "test"]), "has no images of split train"),
     ("cls", [], rows(lambda found: found[:2] + found[-1:]), "--folds 3: the training rows are of 2 images"),

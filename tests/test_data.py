@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import CLASSIFY, SHARED, needs, write_folder, write_pictures
+from conftest import CLASSIFY, SHARED, TRAIN, needs, write_folder, write_pictures
 from PIL import Image
 
 import data
@@ -587,6 +587,26 @@ def test_check_of_a_classification_folder(tmp_path, script):
                  "picture0.png: the image is constant", "picture1.png: cannot be read",
                  "label 'violet' has no training image"):
         assert said in out
+
+
+def test_check_takes_what_training_does_without_for_no_problem(tiny, tmp_path, script):
+    """Validation rows are drawn, test rows are not needed to train."""
+    write_folder(tmp_path / "train", ("train",) * 4)
+    status, out, err = script(folders, "check", tmp_path / "train")
+    assert status == 0 and "NOTE there are no rows of split test" in out and "no problems found" in out, err
+    assert script(train, "--data", tmp_path / "train", *TRAIN, "--out", tmp_path / "run")[0] == 0
+    write_folder(tmp_path / "test", ("test",) * 4)
+    status, out, err = script(folders, "check", tmp_path / "test")
+    assert status == 2 and "PROBLEM there are no rows of split train" in out
+    assert "NOTE there are no rows of split validation" in out
+
+
+def test_check_names_the_first_odd_image(tiny, script):
+    for i, shape in ((0, (40, 67, 3)), (5, (65, 52, 3))):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)).save(tiny / f"field{i}.png")
+    status, out, _ = script(folders, "check", tiny)
+    assert status == 2 and out.count("PROBLEM") == 1
+    assert f"PROBLEM {tiny / 'field0.png'}: has 3 channels, most images have 1; a network takes one number" in out
 
 
 def test_classes_that_may_be_one_and_single_images_are_said(tmp_path, script):
