@@ -190,9 +190,12 @@ def train_classification(args, compute):
                              **({"fold": begun.get("fold")} if begun else {}))
         if process.rank() == 0:  # after config.json: who finds the folder finds that too
             folder.mkdir(exist_ok=True)
+        trained, validated = (labelled.truth[rows].any(0).tolist() for rows in (train, validation))
+        unknown = [name for name, seen, asked in zip(classes, trained, validated) if asked and not seen]
         print(f"{out}, fold {fold}: {args.model}, {config['parameters'] / 1e6:.2f} M parameters, {len(train)} training "
               f"and {len(validation)} validation images of {args.image_size}, {where(compute)}; class weights "
-              f"{', '.join(f'{n} {w:.2f}' for n, w in zip(classes, weights_of_classes))}", flush=True)
+              f"{', '.join(f'{n} {w:.2f}' for n, w in zip(classes, weights_of_classes))}"
+              + (f"  NOTE: validates {', '.join(unknown)}, never trained on" if unknown else ""), flush=True)
         best = {"setting": setting, "fold": fold, "classes": classes, "weights_used": weights,
                 "class_weights": weights_of_classes}
         scores.append(train_fold(folder, model, labelled, train, validation, best, compute, args, resumes))

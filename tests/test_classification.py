@@ -366,6 +366,20 @@ def test_class_weights_of_a_fold_follow_its_training_rows(coloured, script, tmp_
     assert train.classification_weights("published", order, truth) == [0.9475, 1.0, 0.4934, 0.5029, 0.2]
 
 
+def test_a_fold_that_validates_what_it_has_not_trained_on_says_so(coloured, script, tmp_path):
+    rewrite(coloured, lambda rows: [[rows[0][0], "rare;red", "train"], *rows[1:]])
+    status, out, err = script(train, "--data", coloured, *CLASSIFY, "--epochs", 1, "--out", tmp_path / "run")
+    lines = [line for line in out.splitlines() if ", fold " in line]
+    assert status == 0 and len(lines) == 3, err
+    assert [line.endswith("  NOTE: validates rare, never trained on") for line in lines].count(True) == 1
+    fold = next(i for i, line in enumerate(lines) if "NOTE" in line)
+    assert rows_with(tmp_path / "run" / f"fold{fold}" / "validation.csv", "rare") == 1
+
+
+def rows_with(file, label):
+    return sum(label in row[1].split(";") for row in read_csv(file)[1:])
+
+
 @pytest.mark.parametrize("flags", [("--model", "efficientnet_b0"), ("--model", "vit_tiny_patch16_224"),
                                    ("--gamma", "0"), ("--class-weights", "auto"), ("--class-weights", "1,2,3"),
                                    ("--amp", "bf16"), ("--amp", "auto"), ("--recipe", "paper"), ("--workers", "2"),
