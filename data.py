@@ -40,7 +40,7 @@ INFORM_MASKS = ("_component_data.tifMask.tif", "_binary_seg_maps.tif")
 PICTURE_MEMORY = 4 << 30      # bytes; pictures to classify are kept in memory up to here
 PART_PIXELS = 1 << 25         # of fields to be predicted, read at a time; a larger one alone
 ROTATION = 10                 # degrees
-PUBLISHED_ROTATION = 3        # the notebooks'
+PUBLISHED_ROTATION = 3        # degrees, of the authors' notebooks
 VALIDATION_SHARE = 0.2        # of the training images, where a data folder names no validation rows
 PUBLISHED_PATIENTS = {        # the paper's split of its private set
     "train": ("121919_Myo089", "121919_Myo253", "121919_Myo368"),
@@ -459,14 +459,14 @@ def random_crop(image, mask, tile, rng):
 
 def published_tile(image, mask, top, left, tile, rng):
     """The tile of image (C, H, W) and mask (H, W) that begins at (top, left), as the authors' notebooks have it: cut
-    from a field padded with zeros, turned about its middle by up to PUBLISHED_ROTATION degrees with zeros in the
-    corners, flipped along either axis.
+    from a field padded with zeros, turned about its middle by up to PUBLISHED_ROTATION degrees, to the nearest pixels
+    and with zeros in the corners, flipped along either axis.
     """
     image, mask = image[:, top:top + tile, left:left + tile], mask[top:top + tile, left:left + tile]
     beyond = (0, tile - mask.shape[1], 0, tile - mask.shape[0])
     image, mask = F.pad(image, beyond), F.pad(mask, beyond)
     angle = math.radians(rng.uniform(-PUBLISHED_ROTATION, PUBLISHED_ROTATION))
-    image, mask = _rotate(image, mask, angle, tile, beyond="zeros")
+    image, mask = _rotate(image, mask, angle, tile, mode="nearest", beyond="zeros")
     for axis in (-2, -1):
         if rng.random() < 0.5:
             image, mask = image.flip(axis), mask.flip(axis)
@@ -484,14 +484,14 @@ def _mirrored(size, side, rng):
     return torch.minimum(index, period - index) if size > 1 else torch.zeros(side, dtype=torch.long)
 
 
-def _rotate(image, mask, angle, tile, beyond="reflection"):
-    """The tile x tile middle of a square image and mask, turned by `angle`: image bilinear, mask nearest. beyond: what
+def _rotate(image, mask, angle, tile, mode="bilinear", beyond="reflection"):
+    """The tile x tile middle of a square image and mask, turned by `angle`: image by `mode`, mask nearest. beyond: what
     lies around the square, "reflection" or "zeros"."""
     side = mask.shape[-1]
     axis = (torch.arange(tile) - (tile - 1) / 2) * (2 / side)                           # in [-1, 1] of the square
     y, x = axis[:, None], axis[None, :]
     grid = torch.stack([math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y], -1)[None]
-    image = F.grid_sample(image[None], grid, mode="bilinear", padding_mode=beyond, align_corners=False)[0]
+    image = F.grid_sample(image[None], grid, mode=mode, padding_mode=beyond, align_corners=False)[0]
     mask = F.grid_sample(mask[None, None].float(), grid, mode="nearest", padding_mode=beyond, align_corners=False)
     return image, mask[0, 0] > 0.5
 

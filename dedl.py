@@ -6,7 +6,8 @@ Images", arXiv 2207.06489.
 Shapes: N images, C classes (2: background, nucleus), H x W pixels. logits z (N, C, H, W), truth y (N, H, W) of class
 indices, one-hot truth Y (N, C, H, W), class weights w (C,).
 
-The loss of a training step is   L = CE_w(z, y) + app_weight * penalty + own   with (penalty, own) from one of:
+The loss of a training step is   L = CE_w(z, y) + app_weight * penalty + own   with (penalty, own) from one of the forms
+below. CE_w is the mean over pixels; `--recipe paper` multiplies L by the pixels' summed weight, as published.
 
 conv (this project's form). A convolutional autoencoder D(E(.)) learns what masks look like; its encoder E says how far
 the prediction is from the truth as a *shape*:

@@ -82,15 +82,15 @@ def test_published_tiles_are_turned_a_little_and_flipped():
     x = torch.arange(64.0).expand(64, 64)
     field = data.Field(None, torch.stack([x, x.T]), x > 31, ("x", "y"))
     crops = data.Crops([field], 64, seed=1, published=True)
-    angles, ways = [], []
+    angles, ways, steps = [], [], torch.arange(56.0) - 27.5
     for index in range(200):
         image, mask = crops[index]
-        inner = image[:, 16:48, 16:48]                                # without the corners
-        (of_x, of_y), (across, _) = inner.diff(dim=2).mean((1, 2)), inner.diff(dim=1).mean((1, 2))
-        assert abs(of_x) > 0.99 and abs(across) < 0.06                # no quarter turns
-        ways.append((bool(of_x > 0), bool(inner[1].diff(dim=0).mean() > 0)))
-        angles.append(math.degrees(math.atan2(of_y, abs(of_x))))
-        assert ((inner[0] > 31.5) == mask[16:48, 16:48].bool()).float().mean() > 0.95  # the mask alike
-    assert max(map(abs, angles)) < 3.01 and np.std(angles) == pytest.approx(3 / 3 ** 0.5, abs=0.3)
-    assert len(set(np.round(angles, 3))) > 190
+        inner = image[:, 4:60, 4:60]                                  # without what is 0 now
+        right, down = ((inner * step).mean((1, 2)) / (steps ** 2).mean() for step in (steps, steps[:, None]))  # slopes
+        assert abs(right[0]) > 0.98 and abs(right[1]) < 0.07          # no quarter turns
+        angles.append(math.degrees(math.atan2(right[1], abs(right[0]))))
+        ways.append((bool(right[0] > 0), bool(down[1] > 0)))
+        assert torch.equal(inner[0] > 31, mask[4:60, 4:60].bool())    # the mask alike
+    assert max(map(abs, angles)) < 3.3 and np.std(angles) == pytest.approx(3 / 3 ** 0.5, abs=0.3)
+    assert len(set(np.round(angles, 2))) > 100
     assert all(35 < ways.count(way) < 65 for way in set(ways)) and len(set(ways)) == 4
