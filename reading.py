@@ -1,6 +1,7 @@
 """Reading of image files: TIFF stacks with named stains (inForm), PNG, JPEG; masks; intensities brought to [0, 1]."""
 import ctypes
 import logging
+import math
 import re
 import warnings
 import xml.etree.ElementTree as ET
@@ -44,11 +45,11 @@ def read_image(path, channels=("DAPI",), dtype=np.float32):
     path = Path(path)
     if path.suffix.lower() in TIFF:
         with _reading(path), tifffile.TiffFile(path) as tiff:
-            pages = _stain_pages(path, tiff)
-            if len(pages) == 1 and not pages[0][1]:
+            pages, stack = _stain_pages(path, tiff), _stack(tiff)
+            if len(pages) == 1 and not pages[0][1] and not stack and not any(" of " in name for name in channels):
                 chosen = [(*GREY, pages[0][0])]
             else:
-                chosen = [_find_page(path, pages, name, _stack(tiff)) for name in channels]
+                chosen = [_find_page(path, pages, name, stack) for name in channels]
             arrays = [_page_array(path, page) for _, page in chosen]
         names = tuple(name for name, _ in chosen)
     else:
@@ -85,6 +86,8 @@ def read_mask(path):
                 raise DataError(f"{path}: no page of compartment Nucleus; it has {has}")
             if len(pages) != 1:
                 raise DataError(f"{path}: holds {len(pages)} pages; a mask must be one, or have one named Nucleus")
+            if stack := _stack(tiff):
+                raise DataError(f"{path}: {stack}; a mask must be one page")
             mask = _page_array(path, pages[0], palette_colours=False)
     else:
         mask = decode_picture(path, palette_index=True)
@@ -252,17 +255,22 @@ def _ome_names(tiff):
 
 
 def _imagej_labels(tiff):
+    """The labels of an ImageJ file's pages; [] where they tell slices or files, as "c:1/3 - a.czi" does, not stains."""
     labels = (tiff.imagej_metadata or {}).get("Labels") or [] if tiff.is_imagej else []
-    return [label.partition("\n")[0].strip() for label in labels]
+    labels = [label.partition("\n")[0].strip() for label in ([labels] if isinstance(labels, str) else labels)]
+    return [] if any(re.search(r"^\d*$|\b[czt]:\d+/\d+|\.(tiff?|czi|nd2|lif|lsm|png|jpe?g)\b", label, re.IGNORECASE)
+                     for label in labels) else labels
 
 
 def _stack(tiff):
-    """"12 pages = 4 z x 3 channels" of a z-stack or time series, "" of other files."""
-    if len(tiff.pages) < 2:
+    """"12 pages = 4 z x 3 channels" of a z-stack or time series, and of a large file of ImageJ, whose only page holds
+    them all; "" of other files."""
+    if len(tiff.pages) == 1 and not tiff.is_imagej:
         return ""
     size = dict(zip(tiff.series[0].axes, tiff.series[0].shape))
+    count = math.prod(number for axis, number in size.items() if axis not in "YXS")
     deep = [f"{size[axis]} {axis.lower()} x " for axis in "TZ" if size.get(axis, 1) > 1]
-    return f"{len(tiff.pages)} pages = {''.join(deep)}{size.get('C', 1)} channels" if deep else ""
+    return f"{count} pages = {''.join(deep)}{size.get('C', 1)} channels" if deep or count > len(tiff.pages) else ""
 
 
 def _find_page(path, pages, name, stack=""):
@@ -271,7 +279,7 @@ def _find_page(path, pages, name, stack=""):
     alike = [i for i, found in enumerate(names) if found == name] or \
             [i for i, found in enumerate(names) if (found or "").lower() == name.lower()]
     if stack and len(alike) != 1:
-        raise DataError(f"{path}: {stack}; save a projection, or stains as channels, not as a stack")
+        raise DataError(f"{path}: {stack}; save a projection, and stains as channels, not as a stack")
     place = re.fullmatch(r"(\d+)( of (\d+))?", name)
     if not alike and place:
         if place[3] and int(place[3]) != len(pages):

@@ -13,6 +13,7 @@ size: predicted by tiles that overlap, put together, every pixel counted once. A
 fold and as the ensemble of its folds, their mean probability.
 """
 import csv
+import os
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def main(argv=None):
                         or args.channel):
         raise runs.RunError("--export: writes the network alone; leave --images, --data, --save-..., --channel and "
                             "--tta out")
-    compute = runs.choose_compute(args.device, args.amp)
+    compute = None if args.export else runs.choose_compute(args.device, args.amp)
+    if compute:
+        print(f"{compute.device}, {compute.precision()}", flush=True)
     measured, failed = [], []
     for run in folders:
         try:
@@ -159,7 +162,7 @@ def test_segmentation(run, config, compute, args, brief):
     if brief:
         print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}", flush=True)
         return scores
-    print(f"{title(run, folder, args)}; {compute.device}, {compute.precision()}")
+    print(title(run, folder, args))
     for name, value in scores.items():
         print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
     return scores
@@ -225,9 +228,9 @@ def output_files(records, args, earlier=()):
         if folder and folder.resolve() in inputs:
             raise runs.RunError(f"{flag} {folder}: holds images or masks of the data; give another folder")
         files = [folder and folder / f"{record.image.stem}.png" for record in records]
-        owners = {folder / f"{image.stem}.png": image for image in map(Path, earlier)} if flag == "--save-masks" else {}
+        owners = {folder / f"{Path(image).stem}.png": image for image in earlier} if flag == "--save-masks" else {}
         for file, record in zip(files if folder else (), records):
-            if owners.setdefault(file, record.image) != record.image:
+            if owners.setdefault(file, os.path.abspath(record.image)) != os.path.abspath(record.image):
                 raise runs.RunError(f"{'--images' if args.images else flag}: {owners[file]} and {record.image} would "
                                     f"both go into {file}; give them to two commands, each with its --save-masks")
         if folder:
@@ -251,7 +254,7 @@ def predict_masks(run, config, compute, args):
     """Predicts images without truth: into RUN/predictions or --save-masks DIR their masks and a table, predictions.csv,
     of nucleus area and count, to which later calls add. Images that cannot be read are left out and named at the end;
     then RunError is raised."""
-    records = [data.Record(path, "test", name=str(path)) for path in data.find_images(args.images)]
+    records = [data.Record(path, "test", name=os.path.abspath(path)) for path in data.find_images(args.images)]
     args.save_masks = args.save_masks or run / "predictions"
     table, header = args.save_masks / "predictions.csv", ["image", "height", "width", "nucleus_area_fraction", "nuclei"]
     rows = read_table(table, header)
@@ -341,8 +344,7 @@ def test_classification(run, config, compute, args, brief):
     if brief:
         print(f"{title(run, folder, args)}: micro F1 {at_half['f1_micro']:.4f} of {len(folds)} folds", flush=True)
         return {**at_half, "folds": len(folds)}
-    print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds; "
-          f"{compute.device}, {compute.precision()}")
+    print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds")
     epochs = {}  # shown, since a fold may not be finished; killed in its first it has no metrics.csv yet
     for fold, folder in runs.fold_folders(run).items():
         file = folder / "metrics.csv"
@@ -399,7 +401,7 @@ def predict_labels(run, config, compute, args):
     """Writes the ensemble's probabilities for pictures without truth to RUN/predictions.csv, to which later calls add.
     Pictures that cannot be read are left out and named at the end; then RunError is raised."""
     earlier = read_table(run / "predictions.csv", ["image", *config["classes"]])
-    records = [data.Record(path, "test", name=str(path)) for path in data.find_images(args.images)]
+    records = [data.Record(path, "test", name=os.path.abspath(path)) for path in data.find_images(args.images)]
     found = data.PicturesOnDisk(records, config["image_size"], models.interpolation(config["model"]))
     shown, readable, unreadable = [], [], []
     for i, record in enumerate(process.progress(records, "reading")):

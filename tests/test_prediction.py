@@ -86,7 +86,7 @@ def test_masks_of_two_images_never_share_a_file(run, tiny, script, tmp_path):
     assert status == 2 and "would both go into" in err and not (run / "predictions").exists()
 
 
-def test_two_folders_of_images_keep_both_tables(run, tiny, script, tmp_path):
+def test_two_folders_of_images_keep_both_tables(run, tiny, script, tmp_path, monkeypatch):
     """What the error above advises; and a second call into one folder adds to its table."""
     other, masks = tmp_path / "other", tmp_path / "masks"
     other.mkdir()
@@ -99,7 +99,11 @@ def test_two_folders_of_images_keep_both_tables(run, tiny, script, tmp_path):
     assert status == 0 and "predictions.csv: 2 images, their masks beside it\n" in out
     both = rows_of(run / "predictions" / "predictions.csv")
     assert both[0] == first[0] and [row["image"][-10:] for row in both] == ["field0.png", "field1.png"]
-    status, _, err = script(test, run, "--images", other / "field0.png", "--save-masks", run / "predictions")
+    monkeypatch.chdir(tiny)                                           # the same image by a relative path
+    assert script(test, run, "--images", "field0.png")[0] == 0
+    assert [row["image"] for row in rows_of(run / "predictions" / "predictions.csv")] == [row["image"] for row in both]
+    monkeypatch.chdir(other)                                          # another one
+    status, _, err = script(test, run, "--images", "field0.png", "--save-masks", run / "predictions")
     assert status == 2 and "would both go into" in err and rows_of(run / "predictions" / "predictions.csv") == both
     (masks / "predictions.csv").write_text("image,height\na.png,3\n")  # somebody else's
     status, _, err = script(test, run, "--images", tiny / "field0.png", "--save-masks", masks)
@@ -321,6 +325,9 @@ def test_a_run_by_number_refuses_files_with_other_pages(script, tmp_path):
     status, _, err = script(test, tmp_path / "nameless" / "run", "--images", other)
     assert status == 2 and "other.tif: has 4 pages; page 1 is wanted, of 3 without names: it may" in err
     assert script(test, tmp_path / "nameless" / "run", "--images", other, "--channel", "1")[0] == 0  # if one says so
+    tifffile.imwrite(tmp_path / "single.tif", np.zeros((40, 50), np.uint16))
+    status, _, err = script(test, tmp_path / "nameless" / "run", "--images", tmp_path / "single.tif")
+    assert status == 2 and "single.tif: has 1 pages; page 1 is wanted, of 3 without names" in err
     imagej_stack(other, Labels=["DAPI", "CD4", "CD8"])                # another order: found by name
     assert json.loads((tmp_path / "named" / "run" / "config.json").read_text())["channels"] == ["DAPI"]
     assert script(test, tmp_path / "named" / "run", "--images", other)[0] == 0
@@ -339,6 +346,26 @@ def test_stacks_are_refused(tmp_path, axes, said):
                      metadata={"axes": "ZCYX", "Channel": {"Name": ["DAPI", "CD4", "CD8"]}})
     with pytest.raises(data.DataError, match="12 pages = 4 z x 3 channels"):
         data.read_image(tmp_path / "stack.ome.tif", ("DAPI",))
+
+
+@pytest.mark.parametrize("labels", [["c:1/3 - {}.czi", "c:2/3 - {}.czi", "c:3/3 - {}.czi"], ["1", "2", "3"],
+                                    ["C1-{}.tif", "C2-{}.tif", "C3-{}.tif"], "DAPI"])
+def test_labels_that_tell_of_slices_or_files_are_no_names(tmp_path, labels):
+    """As Bio-Formats and Fiji write them: they differ from file to file. Pages are then taken by their number."""
+    for name in ("a", "b"):
+        named = labels if isinstance(labels, str) else [label.format(name) for label in labels]
+        path = imagej_stack(tmp_path / f"{name}.tif", Labels=named)
+        image, names = data.read_image(path, ("1",))
+        assert names == ("1 of 3",) and image.mean().round(-2) == 100
+
+
+def test_large_files_of_imagej_are_refused(tmp_path):
+    """They describe one page, behind which the others lie; the first alone was read, as grey."""
+    pixels = np.zeros((3, 40, 50), np.uint16)
+    tifffile.imwrite(tmp_path / "large.tif", pixels, imagej=True, truncate=True)
+    for read in (data.read_image, data.read_mask):
+        with pytest.raises(data.DataError, match="large.tif: 3 pages = 3 channels"):
+            read(tmp_path / "large.tif")
 
 
 def test_a_labelled_slice_is_taken_by_its_label_alone(tmp_path):
