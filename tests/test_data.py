@@ -595,6 +595,9 @@ def test_check_takes_what_training_does_without_for_no_problem(tiny, tmp_path, s
     status, out, err = script(folders, "check", tmp_path / "train")
     assert status == 0 and "NOTE there are no rows of split test" in out and "no problems found" in out, err
     assert script(train, "--data", tmp_path / "train", *TRAIN, "--out", tmp_path / "run")[0] == 0
+    write_folder(tmp_path / "one", ("train", "test"))
+    status, out, err = script(folders, "check", tmp_path / "one")
+    assert status == 2 and "PROBLEM there are no rows of split validation; one image cannot train and" in out
     write_folder(tmp_path / "test", ("test",) * 4)
     status, out, err = script(folders, "check", tmp_path / "test")
     assert status == 2 and "PROBLEM there are no rows of split train" in out
