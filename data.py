@@ -412,10 +412,12 @@ class Crops(ReadInTurn):
         self.owner, self.corner = [], []                               # of each tile its field, and (top, left) in it
         for i, field in enumerate(fields):
             height, width = field.mask.shape
-            grid = [(top, left) for top in range(0, height, tile) for left in range(0, width, tile)]
-            count = len(grid) if published else math.ceil(height * width / tile ** 2)
-            self.owner += [i] * count
-            self.corner += grid[:count]
+            if published:
+                corners = [(top, left) for top in range(0, height, tile) for left in range(0, width, tile)]
+            else:
+                corners = [None] * math.ceil(height * width / tile ** 2)  # drawn anew each time
+            self.owner += [i] * len(corners)
+            self.corner += corners
 
     def __len__(self):
         return len(self.owner)

@@ -148,7 +148,7 @@ def build_app(form, width, classes=2, activation="gelu"):
 
 def app_optimizer(app):
     """The autoencoder's own optimizer, as published and under every recipe: Adam, 1e-3, constant, no weight decay."""
-    return torch.optim.Adam(app.parameters(), lr=1e-3)
+    return torch.optim.Adam(app.parameters(), lr=1e-3, fused=next(app.parameters()).device.type != "mps")
 
 
 # ------------------------------------------------------------------------------------------------------------- losses

@@ -57,6 +57,7 @@ def train_segmentation(args, compute):
     records, said = data.find_records(args.data, args.seed)
     begun = process.from_first(lambda: runs.read_config(out)) if args.resume else None
     refuse_other_data(args, records, begun)
+    code = runs.code_of(begun, out)
     print(*said, *notes(data.leaks(records)), sep="\n")
     train_fields, val_fields = load_splits(records, args)
     weights_of_classes = segmentation_weights(args.class_weights, train_fields)
@@ -82,7 +83,7 @@ def train_segmentation(args, compute):
     config = save_config(args, compute, model, setting=setting, weights_used=weights_used,
                          class_weights_used=weights_of_classes, channels=train_fields[0].channels,
                          images={split: sum(r.split == split for r in records) for split in data.SPLITS},
-                         rows=digest(records), train_images_used=len(train_fields), code=runs.code_of(begun, out))
+                         rows=digest(records), train_images_used=len(train_fields), code=code)
     if args.compile:
         model.compile()
     print(f"{out}: {args.arch}/{args.encoder}, {config['parameters'] / 1e6:.2f} M parameters, APP {args.app}, "
@@ -99,7 +100,9 @@ def train_segmentation(args, compute):
         penalty, own = app(logits, truth, weight) if app else torch.zeros(2, device=logits.device)
         loss = cross_entropy + args.app_weight * penalty + own
         if args.recipe == "paper":  # the sum over pixels: to a mean Adam's weight decay would be a million times larger
-            loss = loss * process.total(weight[truth].sum())
+            count = torch.tensor(len(truth), device=truth.device)
+            share = count / process.total(count.clone())  # by which the processes' gradients are weighted
+            loss = loss * weight[truth].sum() / share
         return loss, cross_entropy, penalty
 
     while unfinished(state, args):
