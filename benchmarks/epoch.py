@@ -141,7 +141,7 @@ def published(fields, tile, with_app, folder, args, compute):
         total = 0.0
         for images, masks in DataLoader(tiles, args.batch, shuffle=True, num_workers=args.workers):
             images, masks = images.to(compute.device), masks.to(compute.device)
-            with compute.autocast():
+            with torch.autocast(compute.device.type, torch.bfloat16, enabled=compute.amp_dtype is torch.bfloat16):
                 logits = model(images).float()
                 loss = criterion(logits, masks)
                 if app:

@@ -42,6 +42,7 @@ def main(argv=None):
     add("--seeds", type=int, default=3, help="trainings, whose means are shown [3]")
     args = parser.parse_args(argv)
     compute = runs.choose_compute()
+    args.amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[compute.amp_dtype]
     print(f"`python {' '.join(harness.sys.argv)}`: {harness.machine(compute)}\n", flush=True)
     if args.app == "conv":
         weigh_edits(args)
@@ -146,7 +147,8 @@ def follow_one(args, seed, at):
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             train.main(["--data", str(args.data), "--out", f"{folder}/run", "--app", args.app, "--weights", "none",
-                        "--recipe", "short", "--tile", str(TILE), "--batch-size", str(BATCH), "--depth", "5",
+                        "--recipe", "short", "--tile", str(TILE), "--batch-size", str(BATCH), "--depth", "5", "--amp",
+                        args.amp,
                         "--epochs", "1", "--steps", str(args.steps), "--limit-train", str(args.limit_train),
                         "--seed", str(seed)])
     finally:
