@@ -278,7 +278,7 @@ def predict_masks(run, config, compute, args):
             for record, mask in zip(done, masks):  # Tensor.sum would make a copy of eight bytes a pixel
                 area = np.count_nonzero(mask) / mask.numel()
                 rows[record.name] = [record.name, *mask.shape, f"{area:.6f}", prediction.count_nuclei(mask)]
-            finished += len(done)
+                finished += 1
             del masks, maps, mask
     except KeyboardInterrupt as stop:
         raise type(stop)(f"interrupted; {finished} of {len(records)} images are in {table}") from None
