@@ -169,9 +169,11 @@ def _check_task(folder, task, channels, lines, problems):
         rows = [record for record in records if record.split == split]
         patients = sorted({record.patient for record in rows if record.patient})
         lines.append(f"{split}: {len(rows)} images" + (f" of {len(patients)} patients" if patients else ""))
-        alone = (task, split) == ("seg", "validation") and [record.split for record in records].count("train") == 1
-        if not rows and (split == "train" or alone):
-            problems.append(f"there are no rows of split {split}" + alone * "; one image cannot train and validate")
+        train_rows = sum(record.split == "train" for record in records)
+        if not rows and split == "train":
+            problems.append("there are no rows of split train")
+        elif not rows and (task, split) == ("seg", "validation") and train_rows == 1:  # of more some are drawn
+            problems.append("there are no rows of split validation; one image cannot train and validate")
         elif not rows and (task, split) != ("cls", "validation"):
             lines.append(f"NOTE there are no rows of split {split}")
         counts = {name: sum(name in record.labels for record in rows) for name in classes}
