@@ -12,8 +12,9 @@ import torch
 import torch.nn as nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from blocks import SCSE, conv_of_upsampled, gated_conv
-from encoders import ModelError, check_name, conv_bn_relu, create_encoder, one_line, pad, with_weights
+from networks.blocks import SCSE, conv_of_upsampled, gated_conv
+from networks.encoders import check_name, conv_bn_relu, create_encoder, one_line, pad, with_weights
+from running.process import InputError
 
 
 # ----------------------------------------------------------------------------------------------------------- decoders
@@ -136,14 +137,14 @@ def build_segmenter(arch="unet", encoder="resnet18", in_channels=1, classes=2, d
     weights: "none" (random), "imagenet" (timm's pretrained ones, an error if they can't be had), "auto" (the same, but
     random ones if they can't be had within DOWNLOAD_SECONDS), or a file with the encoder's weights (timm's format).
     What was used stands in the result's attribute `weights_used`: "none", "imagenet" or the file.
-    Raises ModelError with one clear line for anything that cannot be built.
+    Raises InputError with one clear line for anything that cannot be built.
     """
     if arch not in DECODERS:
-        raise ModelError(f"arch {arch!r} is not known; choose one of {', '.join(DECODERS)}")
+        raise InputError(f"arch {arch!r} is not known; choose one of {', '.join(DECODERS)}")
     if depth not in range(2, 6):
-        raise ModelError(f"depth {depth} is not possible; choose 2, 3, 4 or 5")
+        raise InputError(f"depth {depth} is not possible; choose 2, 3, 4 or 5")
     if len(decoder_channels) != depth:
-        raise ModelError(f"depth {depth} needs {depth} decoder channels, got {tuple(decoder_channels)}")
+        raise InputError(f"depth {depth} needs {depth} decoder channels, got {tuple(decoder_channels)}")
     encoder, used = create_encoder(encoder, in_channels, depth, weights)
     decoder = DECODERS[arch](encoder.channels, tuple(decoder_channels))
     model = Segmenter(encoder, decoder, in_channels, decoder_channels[-1], classes, depth)
@@ -236,7 +237,7 @@ class Classifier(nn.Module):
 
 
 def interpolation(model):
-    """How the pictures of a timm model are resized, from its config: "bicubic", "bilinear", ... Raises ModelError."""
+    """How the pictures of a timm model are resized, from its config: "bicubic", "bilinear", ... Raises InputError."""
     check_name("model", model)
     return timm.get_pretrained_cfg(model).interpolation
 
@@ -246,11 +247,11 @@ def build_classifier(model, classes, image_size=384, weights="none"):
 
     model: any timm classifier's name. weights: as for build_segmenter; a file holds the network as timm saves it, its
     head is replaced by a new one. `weights_used` of the result says what was used.
-    Raises ModelError with one clear line, also where the model cannot take images of this size.
+    Raises InputError with one clear line, also where the model cannot take images of this size.
     """
     check_name("model", model)
     if classes < 1:
-        raise ModelError(f"a classifier needs at least 1 class, got {classes}")
+        raise InputError(f"a classifier needs at least 1 class, got {classes}")
     own_size = timm.get_pretrained_cfg(model).input_size[-1]
     # transformers must know the size when they are built, CNNs do not want to be told
     sized = {} if own_size == image_size else {"img_size": image_size}
@@ -275,7 +276,7 @@ def build_classifier(model, classes, image_size=384, weights="none"):
         if image_size % patch:
             raise ValueError(f"they are no multiple of its patches of {patch}: the rest would be left out")
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"model {model!r} cannot classify images of {image_size} x {image_size} ({one_line(error)}); "
+        raise InputError(f"model {model!r} cannot classify images of {image_size} x {image_size} ({one_line(error)}); "
                          f"its own size is {own_size}") from error
     network, used = with_weights(network.train(), create, model, weights)
     classifier = Classifier(network, image_size)
@@ -289,17 +290,17 @@ def load_smp(model, state_dict):
 
     The reference must have decoder_attention_type="scse", the same encoder (its "resnet18" or its "tu-" names),
     depth and channels: then both are the same function. What the reference keeps but never uses (encoder stages past
-    the depth, the attention of blocks without skip) is left out. Raises ModelError for weights of another network.
+    the depth, the attention of blocks without skip) is left out. Raises InputError for weights of another network.
     """
     own, renamed = model.state_dict(), {}
     for name, tensor in state_dict.items():
         renamed[_own_name(name, model.depth)] = tensor
     missing = [name for name in own if name not in renamed]
     if missing:
-        raise ModelError(f"these weights are of another network: they lack {missing[0]} and {len(missing) - 1} more")
+        raise InputError(f"these weights are of another network: they lack {missing[0]} and {len(missing) - 1} more")
     for name, tensor in own.items():
         if renamed[name].shape != tensor.shape:
-            raise ModelError(f"these weights are of another network: {name} is {tuple(renamed[name].shape)} there, "
+            raise InputError(f"these weights are of another network: {name} is {tuple(renamed[name].shape)} there, "
                              f"{tuple(tensor.shape)} here")
     model.load_state_dict({name: renamed[name] for name in own})
     return model

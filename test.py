@@ -21,35 +21,31 @@ import numpy as np
 import torch
 from PIL import Image
 
-import comparison
 import data
 import dedl
-import export
 import models
-import pictures
-import prediction
-import process
-import reading
-import runs
+from images import manifests, reading
+from running import comparison, export, figures, prediction, process, runs
+from running.process import InputError
 
 
 def main(argv=None):
     args = parse_args(argv)
     for path in args.images or ():
         if (Path(path) / "config.json").is_file():
-            raise runs.RunError(f"--images {path}: is the folder of a run; name runs before --images")
+            raise InputError(f"--images {path}: is the folder of a run; name runs before --images")
     folders = args.runs or [runs.newest_run("best.pt")]
     # settings are chosen by a comparison: then the test rows stay unseen, unless one asks for them
     args.by_parts = len(folders) > 1 and not (args.split or args.data or args.tta)
     args.split = args.split or ("validation" if len(folders) > 1 else "test")
     for flag in ("save_masks", "save_probabilities", "images", "export"):
         if getattr(args, flag) and len(folders) > 1:
-            raise runs.RunError(f"--{flag.replace('_', '-')}: takes one run; name one")
+            raise InputError(f"--{flag.replace('_', '-')}: takes one run; name one")
     if args.images and args.data:
-        raise runs.RunError("--images: takes pictures in place of a data folder; leave --data out")
+        raise InputError("--images: takes pictures in place of a data folder; leave --data out")
     if args.export and (args.images or args.data or args.save_masks or args.save_probabilities or args.tta
                         or args.channel):
-        raise runs.RunError("--export: writes the network alone; leave --images, --data, --save-..., --channel and "
+        raise InputError("--export: writes the network alone; leave --images, --data, --save-..., --channel and "
                             "--tta out")
     compute = None if args.export else runs.choose_compute(args.device, args.amp)
     if compute:
@@ -59,7 +55,7 @@ def main(argv=None):
         try:
             config = runs.read_config(run)
             measured.append((run, config, test(run, config, compute, args, brief=len(folders) > 1)))
-        except (OSError, data.DataError, models.ModelError, runs.RunError) as error:
+        except (OSError, InputError) as error:
             if len(folders) == 1:
                 raise
             print(f"{run}: left out: {error}", flush=True)
@@ -67,7 +63,7 @@ def main(argv=None):
     if len(folders) > 1:
         comparison.show(measured)
     if failed:
-        raise runs.RunError(f"{len(failed)} of {len(folders)} runs cannot be measured; {failed[0]}")
+        raise InputError(f"{len(failed)} of {len(folders)} runs cannot be measured; {failed[0]}")
 
 
 def test(run, config, compute, args, brief):
@@ -77,7 +73,7 @@ def test(run, config, compute, args, brief):
         return export.export_run(run, config, args.export)
     for flag in ("save_masks", "save_probabilities", "channel"):
         if config["task"] == "cls" and getattr(args, flag):
-            raise runs.RunError(f"--{flag.replace('_', '-')}: {run} is a classification; it has no masks")
+            raise InputError(f"--{flag.replace('_', '-')}: {run} is a classification; it has no masks")
     if args.images:
         return (predict_labels if config["task"] == "cls" else predict_masks)(run, config, compute, args)
     if config["task"] == "cls" and args.by_parts:
@@ -92,8 +88,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="folders of trained runs [the newest in runs/]")
     add("--data", type=Path, help="data folder [the run's own]")
-    add("--split", choices=data.SPLITS, help="[test; of several runs validation, of a cross-validation the validation "
-        "parts of its folds]")
+    add("--split", choices=manifests.SPLITS, help="[test; of several runs validation, of a cross-validation the "
+        "validation parts of its folds]")
     add("--images", nargs="+", metavar="PATH", help="predict these images without truth: files, folders, "
         "or patterns like \"new/*.tif\"")
     add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255, and "
@@ -111,13 +107,13 @@ def parse_args(argv):
 
 
 def find_split(config, args):
-    """The data folder and its records of the split that is asked for. Raises RunError where there are none."""
+    """The data folder and its records of the split that is asked for. Raises InputError where there are none."""
     folder = args.data or Path(config["data"])
-    records, _ = data.find_records(folder, config["seed"], task=config["task"],
+    records, _ = manifests.find_records(folder, config["seed"], task=config["task"],
                                    needs_validation=config.get("folds", 1) == 1)
     records = [record for record in records if record.split == args.split]
     if not records:
-        raise runs.RunError(f"{folder}: has no images of split {args.split}; choose another --split")
+        raise InputError(f"{folder}: has no images of split {args.split}; choose another --split")
     return folder, records
 
 
@@ -157,7 +153,7 @@ def test_segmentation(run, config, compute, args, brief):
     shown = {}  # of few images one is several of these
     for name, i in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         shown.setdefault(i, []).append(name)
-    pictures.save_sheet(((f"{', '.join(names)}: IoU {ious[i]:.3f}", data.read_field(records[i], channels, raw=True),
+    figures.save_sheet(((f"{', '.join(names)}: IoU {ious[i]:.3f}", manifests.read_field(records[i], channels, raw=True),
                           masks[i]) for i, names in shown.items()), run / f"{args.split}.png")
     if brief:
         print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}", flush=True)
@@ -169,31 +165,31 @@ def test_segmentation(run, config, compute, args, brief):
 
 
 def channels_of(config, args):
-    """The names of the stains to look for. Raises DataError."""
+    """The names of the stains to look for. Raises InputError."""
     return reading.channel_names(args.channel) if args.channel else \
         data.stains(reading.channel_names(config["channel"]), tuple(config["channels"]))
 
 
 def usable(field, run, config):
-    """The field. Raises the DataError that reading it ended in, or RunError where it has not the run's channels."""
-    if isinstance(field, data.DataError):
+    """The field. Raises the InputError that reading it ended in, or InputError where it has not the run's channels."""
+    if isinstance(field, InputError):
         raise field
     channels = config["setting"]["in_channels"]
     if len(field.image) != channels:
-        raise runs.RunError(f"{field.record.image}: has {len(field.image)} channels; {run} was trained on {channels}")
+        raise InputError(f"{field.record.image}: has {len(field.image)} channels; {run} was trained on {channels}")
     return field
 
 
 def predict_part(run, model, fields, compute, args, bar):
     """What prediction.evaluate gives for some fields; and, if they are asked for, probability maps, uint16 (H, W).
-    Raises RunError where the network gives no numbers."""
+    Raises InputError where the network gives no numbers."""
     maps = [np.empty(field.shape, np.uint16) if args.save_probabilities else None for field in fields]
 
     def seen(indices, rows, logits):
         bar.update(logits[:, 0].numel())
         if not logits.isfinite().all():
             image = fields[indices[0]].record.image
-            raise runs.RunError(f"{run}: its network gives no numbers for {image}; use --amp off")
+            raise InputError(f"{run}: its network gives no numbers for {image}; use --amp off")
         if args.save_probabilities:
             probabilities = (logits.softmax(1)[:, 1] * 65535).round().cpu().numpy()           # (N, rows, W)
             for i, probability in zip(indices, probabilities):
@@ -218,20 +214,20 @@ def save_png(array, file):
 
 def output_files(records, args, earlier=()):
     """For each record where its mask and its probability map go, DIR/<image stem>.png of the flags' DIRs; None without
-    one. earlier: images whose masks are there. Makes the folders; raises RunError if two images' would be one file, or
+    one. earlier: images whose masks are there. Makes the folders. InputError if two images' would be one file, or
     one might overwrite data."""
     inputs = {path.resolve().parent for record in records for path in (record.image, record.mask) if path}
     if args.save_masks and args.save_probabilities and args.save_masks.resolve() == args.save_probabilities.resolve():
-        raise runs.RunError(f"--save-probabilities {args.save_probabilities}: is the folder of the masks; give another")
+        raise InputError(f"--save-probabilities {args.save_probabilities}: is the folder of the masks; give another")
     columns = []
     for flag, folder in (("--save-masks", args.save_masks), ("--save-probabilities", args.save_probabilities)):
         if folder and folder.resolve() in inputs:
-            raise runs.RunError(f"{flag} {folder}: holds images or masks of the data; give another folder")
+            raise InputError(f"{flag} {folder}: holds images or masks of the data; give another folder")
         files = [folder and folder / f"{record.image.stem}.png" for record in records]
         owners = {folder / f"{Path(image).stem}.png": image for image in earlier} if flag == "--save-masks" else {}
         for file, record in zip(files if folder else (), records):
             if owners.setdefault(file, os.path.abspath(record.image)) != os.path.abspath(record.image):
-                raise runs.RunError(f"{'--images' if args.images else flag}: {owners[file]} and {record.image} would "
+                raise InputError(f"{'--images' if args.images else flag}: {owners[file]} and {record.image} would "
                                     f"both go into {file}; give them to two commands, each with its --save-masks")
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -241,20 +237,20 @@ def output_files(records, args, earlier=()):
 
 def read_table(file, header):
     """{image: row} of a predictions.csv with this header that earlier calls wrote, {} where there is none. Raises
-    RunError, so that no other table is overwritten."""
+    InputError, so that no other table is overwritten."""
     if not file.is_file():
         return {}
-    rows = [row for _, row in data.read_csv(file, header, ",".join(header))]
+    rows = [row for _, row in manifests.read_csv(file, header, ",".join(header))]
     if list(rows[0]) != header:
-        raise runs.RunError(f"{file}: has other columns than {', '.join(header)}; move it away")
+        raise InputError(f"{file}: has other columns than {', '.join(header)}; move it away")
     return {row["image"]: list(row.values()) for row in rows}
 
 
 def predict_masks(run, config, compute, args):
     """Predicts images without truth: into RUN/predictions or --save-masks DIR their masks and a table, predictions.csv,
     of nucleus area and count, to which later calls add. Images that cannot be read are left out and named at the end;
-    then RunError is raised."""
-    records = [data.Record(path, "test", name=os.path.abspath(path)) for path in data.find_images(args.images)]
+    then InputError is raised."""
+    records = [manifests.Record(path, "test", name=os.path.abspath(path)) for path in data.find_images(args.images)]
     args.save_masks = args.save_masks or run / "predictions"
     table, header = args.save_masks / "predictions.csv", ["image", "height", "width", "nucleus_area_fraction", "nuclei"]
     rows = read_table(table, header)
@@ -269,7 +265,7 @@ def predict_masks(run, config, compute, args):
             for field in part:
                 try:
                     fields.append(usable(field, run, config))
-                except (data.DataError, runs.RunError) as error:
+                except InputError as error:
                     unreadable.append(str(error))
             _, _, masks, maps = predict_part(run, model, fields, compute, args, bar)
             done = [field.record for field in fields]
@@ -295,10 +291,10 @@ def predict_masks(run, config, compute, args):
 
 
 def refuse_unreadable(unreadable, records):
-    """Says which images could not be read, and raises RunError if there is one."""
+    """Says which images could not be read, and raises InputError if there is one."""
     if unreadable:
         print(*unreadable[1:], sep="\n", end="\n" * (len(unreadable) > 1))  # the first follows
-        raise runs.RunError(f"--images: {len(unreadable)} of {len(records)} cannot be predicted; {unreadable[0]}")
+        raise InputError(f"--images: {len(unreadable)} of {len(records)} cannot be predicted; {unreadable[0]}")
 
 
 # ------------------------------------------------------------------------------------------------------- classification
@@ -338,7 +334,7 @@ def test_classification(run, config, compute, args, brief):
                     "thresholds": dict(zip(classes, thresholds)), "ensemble_at_thresholds": tuned, "guesses": guesses,
                     "tta": args.tta, "split": args.split, "data": str(folder)}, run / f"{args.split}.json")
     prediction.save_probabilities(run / f"{args.split}.csv", records, classes, ensemble, with_labels=True)
-    pictures.save_labels(records, ensemble.numpy(), labelled.truth.numpy(), classes, run / f"{args.split}.png")
+    figures.save_labels(records, ensemble.numpy(), labelled.truth.numpy(), classes, run / f"{args.split}.png")
 
     # 4. the same numbers in print
     if brief:
@@ -365,26 +361,26 @@ def test_classification(run, config, compute, args, brief):
 
 def predict_by_folds(run, config, shown, compute, args):
     """{fold: probabilities (N, classes) of the shown pictures by its best network} of the folds in a run's folder.
-    Raises RunError, also where one is of another run."""
+    Raises InputError, also where one is of another run."""
     found = {}
     for fold, folder in runs.fold_folders(run).items():  # one network at a time in memory
         model = runs.load_best(folder, models.build_classifier, compute, config)
         bar = partial(process.progress, what=f"predicting, fold {fold}", unit="batch")
         found[fold] = prediction.classify(model, shown, compute, flips=args.tta, progress=bar).sigmoid()
         if not found[fold].isfinite().all():
-            raise runs.RunError(f"{folder}: its network gives no numbers for some images; use --amp off")
+            raise InputError(f"{folder}: its network gives no numbers for some images; use --amp off")
     return found
 
 
 def validation_parts(run, classes):
-    """Probabilities and truth (images, classes) of the validation parts of all folds put together. Raises RunError
+    """Probabilities and truth (images, classes) of the validation parts of all folds put together. Raises InputError
     where an image is in two of them: then the folds are not of one cross-validation."""
     parts = [prediction.load_probabilities(folder / "validation.csv", classes)
              for folder in runs.fold_folders(run).values()]
     images = [image for part, _, _ in parts for image in part]
     if len(set(images)) < len(images):
         twice = next(image for image in images if images.count(image) > 1)
-        raise runs.RunError(f"{run}: {twice} is in the validation part of two folds; they are not of one run")
+        raise InputError(f"{run}: {twice} is in the validation part of two folds; they are not of one run")
     return torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
 
 
@@ -399,16 +395,16 @@ def validation_scores(run, config):
 
 def predict_labels(run, config, compute, args):
     """Writes the ensemble's probabilities for pictures without truth to RUN/predictions.csv, to which later calls add.
-    Pictures that cannot be read are left out and named at the end; then RunError is raised."""
+    Pictures that cannot be read are left out and named at the end; then InputError is raised."""
     earlier = read_table(run / "predictions.csv", ["image", *config["classes"]])
-    records = [data.Record(path, "test", name=os.path.abspath(path)) for path in data.find_images(args.images)]
+    records = [manifests.Record(path, "test", name=os.path.abspath(path)) for path in data.find_images(args.images)]
     found = data.PicturesOnDisk(records, config["image_size"], models.interpolation(config["model"]))
     shown, readable, unreadable = [], [], []
     for i, record in enumerate(process.progress(records, "reading")):
         try:
             shown.append(found[i])                                                                      # (3, S, S)
             readable.append(record)
-        except data.DataError as error:
+        except InputError as error:
             unreadable.append(str(error))
     if readable:
         folds = list(predict_by_folds(run, config, shown, compute, args).values())
@@ -419,4 +415,4 @@ def predict_labels(run, config, compute, args):
 
 
 if __name__ == "__main__":
-    runs.command(main)
+    process.command(main)

@@ -24,12 +24,10 @@ from torch.utils.data import DataLoader
 import data
 import dedl
 import models
-import pictures
-import prediction
-import process
-import reading
-import runs
-from settings import digest, how_to_go_on, parse_args, refuse_other_data, refuse_other_settings
+from images import manifests, reading
+from running import figures, prediction, process, runs
+from running.process import InputError
+from running.settings import digest, how_to_go_on, parse_args, refuse_other_data, refuse_other_settings
 
 SWA_SHARE, SWA_RATE = 0.25, 0.25  # --swa averages over the last quarter of the epochs, at a quarter of the largest rate
 LESS_MEMORY = "lower --batch-size, then --tile or --image-size; or take a smaller --encoder or --model, --depth 5, " \
@@ -54,11 +52,11 @@ def train_segmentation(args, compute):
     models.check_name("encoder", args.encoder)  # before much is read
     name = f"seg-{args.data.name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}"
     args.out = out = args.out if args.resume else process.from_first(runs.new_run, args.out, name)
-    records, said = data.find_records(args.data, args.seed)
+    records, said = manifests.find_records(args.data, args.seed)
     begun = process.from_first(lambda: runs.read_config(out)) if args.resume else None
     refuse_other_data(args, records, begun)
     code = runs.code_of(begun, out)
-    print(*said, *notes(data.leaks(records)), sep="\n")
+    print(*said, *notes(manifests.leaks(records)), sep="\n")
     train_fields, val_fields = load_splits(records, args)
     weights_of_classes = segmentation_weights(args.class_weights, train_fields)
     crops = data.Crops(train_fields, args.tile, args.seed, published=args.recipe == "paper")
@@ -82,7 +80,7 @@ def train_segmentation(args, compute):
     state = resume(out, parts, setting) if resumes else begin(out, parts)
     config = save_config(args, compute, model, setting=setting, weights_used=weights_used,
                          class_weights_used=weights_of_classes, channels=train_fields[0].channels,
-                         images={split: sum(r.split == split for r in records) for split in data.SPLITS},
+                         images={split: sum(r.split == split for r in records) for split in manifests.SPLITS},
                          rows=digest(records), train_images_used=len(train_fields), code=code)
     if args.compile:
         model.compile()
@@ -111,7 +109,7 @@ def train_segmentation(args, compute):
         (train_loss, penalty), speed = train_epoch(parts, loader, losses_of, compute, state["epoch"] + 1, args)
         counts, val_loss, masks = prediction.evaluate(model, val_fields, compute, weight)
         if process.rank() == 0:
-            pictures.save_samples(val_fields, masks, out / "samples.png")
+            figures.save_samples(val_fields, masks, out / "samples.png")
         # best.pt: the network and what rebuilds it, nothing of its training: with or without APP it is the same
         state = end_epoch(out, state, parts, {"setting": setting, "model": model.state_dict()}, started, speed,
                           train_loss, val_loss, {"val_iou": dedl.segmentation_scores(counts)["iou"]},
@@ -121,30 +119,30 @@ def train_segmentation(args, compute):
 
 
 def load_splits(records, args):
-    """Training and validation fields, read. Raises RunError where there are none."""
+    """Training and validation fields, read. Raises InputError where there are none."""
     train, validation = ([record for record in records if record.split == split] for split in ("train", "validation"))
     train = limit(train, args)
     refuse_too_few(train, validation, args)
     fields = data.read_fields(train + validation, reading.channel_names(args.channel), "training and validation images")
     for line in (*notes([f"{field.record.image}: the image is constant" for field in fields if not field.image.any()]),
                  *notes([f"{field.record.mask}: the mask is empty" for field in fields if not field.mask.any()]),
-                 *notes(data.inverted_masks(fields))):
+                 *notes(manifests.inverted_masks(fields))):
         print(line)
     return fields[:len(train)], fields[len(train):]
 
 
 def segmentation_weights(wish, fields):
-    """[background, nucleus] for the value of --class-weights. Raises RunError where the masks show but one class."""
+    """[background, nucleus] for the value of --class-weights. Raises InputError where the masks show but one class."""
     share = sum(int(f.mask.sum()) for f in fields) / sum(f.mask.numel() for f in fields)
     if share in (0, 1):
-        raise runs.RunError(f"--data: {'every' if share else 'no'} pixel of the {len(fields)} training masks is "
+        raise InputError(f"--data: {'every' if share else 'no'} pixel of the {len(fields)} training masks is "
                             f"nucleus; there is nothing to tell apart; check the masks")
     if wish == "auto":
         return list(dedl.balanced_class_weights(share))
     if wish in ("equal", "published"):
         return list(dedl.PUBLISHED_CLASS_WEIGHTS) if wish == "published" else [1.0, 1.0]
     if len(wish) != 2:
-        raise runs.RunError(f"argument --class-weights: has {len(wish)} numbers; give background,nucleus")
+        raise InputError(f"argument --class-weights: has {len(wish)} numbers; give background,nucleus")
     return wish
 
 
@@ -156,9 +154,9 @@ def train_classification(args, compute):
     begun = process.from_first(lambda: runs.read_config(out) if (out / "config.json").is_file() else None)
     if begun and not args.resume:  # one more fold of a run that is there
         refuse_other_settings(args, begun)
-    records, said = data.find_records(args.data, args.seed, task="cls", needs_validation=args.folds == 1)
-    print(*said, *notes(data.leaks(records)), *notes(data.class_notes(records)), sep="\n")
-    classes, images = data.class_names(records), {s: sum(r.split == s for r in records) for s in data.SPLITS}
+    records, said = manifests.find_records(args.data, args.seed, task="cls", needs_validation=args.folds == 1)
+    print(*said, *notes(manifests.leaks(records)), *notes(manifests.class_notes(records)), sep="\n")
+    classes, images = manifests.class_names(records), {s: sum(r.split == s for r in records) for s in manifests.SPLITS}
     refuse_other_data(args, records, begun)
     known, folds = choose_folds(records, classes, args)
     labelled = data.read_labelled(known, classes, args.image_size, models.interpolation(args.model), "training images")
@@ -210,14 +208,14 @@ def choose_folds(records, classes, args):
     """The records that training sees, and of each fold the indices among them that train and that validate.
 
     Without a cross-validation (--folds 1) the only fold validates on the validation rows; else these rows are left for
-    test.py --split validation. Prints what stands out; raises RunError where there is nothing to learn.
+    test.py --split validation. Prints what stands out; raises InputError where there is nothing to learn.
     """
     train, validation = ([record for record in records if record.split == split] for split in ("train", "validation"))
     train = limit(train, args)
     refuse_too_few(train, validation or args.folds > 1, args)
     if len({frozenset(record.labels) for record in train}) == 1:
         what = f"the same label, {';'.join(train[0].labels)}" if train[0].labels else "no label"
-        raise runs.RunError(f"--data: all {len(train)} training images have {what}; there is nothing to tell apart")
+        raise InputError(f"--data: all {len(train)} training images have {what}; there is nothing to tell apart")
     for name in classes:
         counts = {split: sum(name in r.labels for r in rows) for split, rows in
                   (("train", train), *((s, [r for r in records if r.split == s]) for s in ("validation", "test")))}
@@ -242,11 +240,11 @@ def classification_weights(wish, classes, truth):
         return [1.0] * len(classes)
     if wish == "published":
         if set(classes) != set(dedl.PUBLISHED_PHENOTYPE_WEIGHTS):
-            raise runs.RunError(f"--class-weights published: are those of {', '.join(dedl.PUBLISHED_PHENOTYPE_WEIGHTS)}"
+            raise InputError(f"--class-weights published: are those of {', '.join(dedl.PUBLISHED_PHENOTYPE_WEIGHTS)}"
                                 f"; the classes here are {', '.join(classes)}")
         return [dedl.PUBLISHED_PHENOTYPE_WEIGHTS[name] for name in classes]
     if len(wish) != len(classes):
-        raise runs.RunError(f"argument --class-weights: has {len(wish)} numbers; give one for each of "
+        raise InputError(f"argument --class-weights: has {len(wish)} numbers; give one for each of "
                             f"{', '.join(classes)}")
     return wish
 
@@ -296,7 +294,7 @@ def train_fold(out, model, labelled, train, validation, best, compute, args, res
         # before best.pt: what an interruption in between leaves out is made again
         if process.rank() == 0 and is_better(state, scores["f1_micro"], val_loss):
             prediction.save_probabilities(out / "validation.csv", val_records, classes, probabilities, with_labels=True)
-            pictures.save_labels(val_records, probabilities.numpy(), val_truth.numpy(), classes, out / "samples.png")
+            figures.save_labels(val_records, probabilities.numpy(), val_truth.numpy(), classes, out / "samples.png")
         state = end_epoch(out, state, parts, {**best, "model": network.state_dict()}, started, speed, train_loss,
                           val_loss, {"val_f1_micro": scores["f1_micro"]}, {"val_f1_macro": scores["f1_macro"]})
     finish(out, state)
@@ -322,7 +320,7 @@ def choose_compute(args):
     if args.workers is None:  # on a CPU, loader processes would take the cores from the network
         args.workers = 0 if device == "cpu" else min(4, os.cpu_count())
     if args.batch_size < process.world():
-        raise runs.RunError(f"--batch-size {args.batch_size}: a batch is shared by the {process.world()} processes; "
+        raise InputError(f"--batch-size {args.batch_size}: a batch is shared by the {process.world()} processes; "
                             f"give at least as many, for BatchNorm better several times as many")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -344,11 +342,11 @@ def notes(lines, most=5):
 
 
 def refuse_too_few(train, validation, args):
-    """Raises RunError without images to train on, or to validate on: of two or more training images some are drawn."""
+    """Raises InputError without images to train on, or to validate on: of two or more training ones some are drawn."""
     if not train:
-        raise runs.RunError(f"--data: {args.data} has no images of split train; training needs some")
+        raise InputError(f"--data: {args.data} has no images of split train; training needs some")
     if not validation:
-        raise runs.RunError(f"--data: {args.data} has one training image and no validation rows; one image cannot be "
+        raise InputError(f"--data: {args.data} has one training image and no validation rows; one image cannot be "
                             f"both; add another")
 
 
@@ -371,7 +369,7 @@ def save_config(args, compute, model, **found):
     if process.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.task == "seg" and not args.resume and (args.out / "config.json").exists():
-            raise runs.RunError(f"--out {args.out}: another run has begun there meanwhile; start again")
+            raise InputError(f"--out {args.out}: another run has begun there meanwhile; start again")
         runs.save_json(config, args.out / "config.json")
     return config
 
@@ -423,7 +421,7 @@ class Batches:
 def make_loader(dataset, args, compute, epoch, drop_last=False):
     """Batches of one epoch, in an order drawn from (seed, epoch). drop_last: without a smaller one at the end."""
     if len(dataset) < process.world():
-        raise runs.RunError(f"--nproc-per-node: there are {len(dataset)} tiles or pictures to train on, for "
+        raise InputError(f"--nproc-per-node: there are {len(dataset)} tiles or pictures to train on, for "
                             f"{process.world()} processes; take fewer")
     dataset.epoch = epoch
     dataset.noted = torch.zeros(args.workers, 2, dtype=torch.int64).share_memory_()
@@ -443,8 +441,8 @@ def unfinished(state, args):
 
 def train_epoch(parts, loader, losses_of, compute, epoch, args):
     """One pass over the loader. losses_of(logits, truth) gives the loss that is minimised and the losses to be shown.
-    Returns the means of the latter and the speed in images/s. A step without finite gradients is left out; RunError is
-    raised after BAD_STEPS of them."""
+    Returns the means of the latter and the speed in images/s. A step without finite gradients is left out; InputError
+    is raised after BAD_STEPS of them."""
     # dropout and its like draw anew in each epoch, so that a resumed run draws the same
     torch.manual_seed(int(np.random.default_rng((args.seed, epoch, process.rank())).integers(2 ** 63)))
     model, scaler = parts["model"].train(), parts["scaler"]
@@ -469,7 +467,7 @@ def train_epoch(parts, loader, losses_of, compute, epoch, args):
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
-                raise runs.RunError(f"--batch-size {args.batch_size}: a batch of {len(images)} has no variance for "
+                raise InputError(f"--batch-size {args.batch_size}: a batch of {len(images)} has no variance for "
                                     f"BatchNorm; take larger batches, or more images") from error
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -506,11 +504,11 @@ def train_epoch(parts, loader, losses_of, compute, epoch, args):
 
 
 def not_finite(loader, first, last, epoch, args):
-    """The RunError for batches, counted from 0, whose loss or gradients are not finite."""
+    """The InputError for batches, counted from 0, whose loss or gradients are not finite."""
     files = list(dict.fromkeys(loader.dataset.file_of(index) for index in loader.batch_sampler.whole[first]))
     names = ", ".join(map(str, files[:8])) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
     kept = f"last.pt keeps the state after epoch {epoch - 1}" if epoch > 1 else "nothing was saved yet"
-    return runs.RunError(f"the loss or its gradient is not finite in epoch {epoch}, batches {first + 1} to {last + 1} "
+    return InputError(f"the loss or its gradient is not finite in epoch {epoch}, batches {first + 1} to {last + 1} "
                          f"(the first of {names}); lower --lr, use --amp off, or check these images; {kept}")
 
 
@@ -541,10 +539,10 @@ def is_better(state, value, val_loss):
 
 def end_epoch(out, state, parts, best, started, speed, train_loss, val_loss, score, more):
     """Saves what an epoch leaves: best.pt where it is the best so far, last.pt, metrics.csv. score: {name: value},
-    more: further columns. Returns the new state. Raises RunError, and saves nothing, if the validation has failed."""
+    more: further columns. Returns the new state. Raises InputError, and saves nothing, if the validation has failed."""
     (name, value), = score.items()
     if not math.isfinite(val_loss):
-        raise runs.RunError(f"the validation loss is not finite after epoch {state['epoch'] + 1}, though training was; "
+        raise InputError(f"the validation loss is not finite after epoch {state['epoch'] + 1}, though training was; "
                             f"lower --lr or use --amp off; nothing of this epoch was saved")
     better = is_better(state, value, val_loss)
     seconds, lr = time.perf_counter() - started, parts["optimizer"].param_groups[0]["lr"]
@@ -572,17 +570,17 @@ def save_metrics(state, file):
 
 def finish(out, state):
     """Draws what the training was like."""
-    if process.rank() == 0 and (hint := pictures.save_curves(state["history"], out / "curves.png")):
+    if process.rank() == 0 and (hint := figures.save_curves(state["history"], out / "curves.png")):
         print(*notes([hint]))
 
 
 def claim(out):
     """Keeps the folder of a run or a fold for this process, and removes what a kill has left half written there. Raises
-    RunError if another process is training into it."""
+    InputError if another process is training into it."""
     if process.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not process.hold(out):
-            raise runs.RunError(f"--out {out}: another process is training into it; wait, or give another")
+            raise InputError(f"--out {out}: another process is training into it; wait, or give another")
         for name in ("config.json", *runs.WRITTEN[:6]):
             for file in out.glob(f"{name}.[0-9]*.tmp"):
                 file.unlink()
@@ -603,7 +601,7 @@ def resume(out, parts, setting, fold=None):
     last = runs.load_checkpoint(file, *parts, "state", "setting")
     runs.same_setting(file, last, {"setting": setting})
     if last.get("fold") != fold:
-        raise runs.RunError(f"{file}: is of fold {last.get('fold')}, not {fold}; were folders of folds exchanged?")
+        raise InputError(f"{file}: is of fold {last.get('fold')}, not {fold}; were folders of folds exchanged?")
     try:
         if set(last["state"]) != set(START) or not last["state"]["history"]:
             raise ValueError
@@ -611,7 +609,7 @@ def resume(out, parts, setting, fold=None):
             if name != "scaler":
                 part.load_state_dict(last[name])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise runs.RunError(f"{file}: does not fit the settings in config.json beside it") from error
+        raise InputError(f"{file}: does not fit the settings in config.json beside it") from error
     if last["scaler"] and parts["scaler"].is_enabled():  # only fp16 has a scale, and the precision may change
         parts["scaler"].load_state_dict(last["scaler"])
     if process.rank() == 0:
@@ -621,4 +619,4 @@ def resume(out, parts, setting, fold=None):
 
 
 if __name__ == "__main__":
-    runs.command(main, memory=LESS_MEMORY)
+    process.command(main, memory=LESS_MEMORY)

@@ -13,7 +13,7 @@ import harness
 
 import dedl
 import models
-import runs
+from running import runs
 
 FORMS = ("none", "conv", "linear")
 
@@ -82,4 +82,4 @@ def saved(model):
 
 
 if __name__ == "__main__":
-    harness.runs.command(main)
+    harness.process.command(main)

@@ -27,8 +27,9 @@ from torchvision import transforms
 import data
 import dedl
 import models
-import runs
 import train
+from images import manifests
+from running import runs
 
 
 def main(argv=None):
@@ -40,7 +41,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     compute = harness.start(args)
     folder = args.data or (harness.DATA if harness.DATA.is_dir() else runs.synthetic_folder())
-    records = [record for record in data.find_records(folder)[0] if record.split == "train"][:args.limit]
+    records = [record for record in manifests.find_records(folder)[0] if record.split == "train"][:args.limit]
     fields = data.read_fields(records)
     rows, tiles_of = [], {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -155,4 +156,4 @@ def published(fields, tile, with_app, folder, args, compute):
 
 
 if __name__ == "__main__":
-    harness.runs.command(main)
+    harness.process.command(main)

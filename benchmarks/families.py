@@ -13,8 +13,8 @@ import harness
 import timm
 import torch
 
-import encoders
 import models
+from networks import encoders
 
 ENCODERS = """
 beit_base_patch16_224 halonet_h1 test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_1024_20_ks9_p14
@@ -123,4 +123,4 @@ def other_families(names):
 
 
 if __name__ == "__main__":
-    harness.runs.command(main)
+    harness.process.command(main)

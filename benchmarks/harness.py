@@ -21,7 +21,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import models  # noqa: E402
-import runs  # noqa: E402
+from running import runs  # noqa: E402
+from running.process import InputError  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data" / "dsb2018"
 
@@ -128,7 +129,7 @@ def reference(arch, encoder="resnet18", depth=3):
     try:
         import segmentation_models_pytorch as smp
     except ImportError as error:
-        raise runs.RunError("the benchmarks compare with segmentation-models-pytorch: "
+        raise InputError("the benchmarks compare with segmentation-models-pytorch: "
                             "pip install -r tests/requirements.txt") from error
     known = encoder in smp.encoders.encoders
     return {"unet": smp.Unet, "unetpp": smp.UnetPlusPlus}[arch](
@@ -195,5 +196,5 @@ def in_process_of_its_own(script, *arguments):
     """The last line that a script prints."""
     done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        raise runs.RunError(f"{Path(script).name} {' '.join(map(str, arguments))}: {done.stderr.strip()[-300:]}")
+        raise InputError(f"{Path(script).name} {' '.join(map(str, arguments))}: {done.stderr.strip()[-300:]}")
     return done.stdout.strip().splitlines()[-1]

@@ -17,9 +17,8 @@ import harness
 import numpy as np
 import tifffile
 
-import data
-import reading
-import runs
+from images import manifests, reading
+from running import runs
 
 
 def main():
@@ -33,7 +32,7 @@ def main():
     add("--probabilities", action="store_true", help="write the probability map too")
     args = parser.parse_args()
     config = runs.read_config(args.run)
-    records, _ = data.find_records(config["data"], config["seed"])
+    records, _ = manifests.find_records(config["data"], config["seed"])
     images = [reading.read_image(record.image, dtype=None)[0][0] for record in records[:200]]
     side = min(min(image.shape) for image in images)
     rng = np.random.default_rng(0)

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 import data
 import models
-import runs
-import synthetic
+from images import manifests, reading, synthetic
+from running import runs
 
 
 def main(argv=None):
@@ -30,7 +30,7 @@ def main(argv=None):
     rows = []
 
     # 1. small fields: read once, then cropped and augmented
-    train = [record for record in data.find_records(folder)[0] if record.split == "train"]
+    train = [record for record in manifests.find_records(folder)[0] if record.split == "train"]
     started = time.perf_counter()
     fields = data.read_fields(train)
     rows.append([f"reading {len(fields)} fields of {folder.name}, once", f"{time.perf_counter() - started:.2f} s", ""])
@@ -62,10 +62,11 @@ def main(argv=None):
             stains, _, _ = synthetic.draw_field(np.random.default_rng(0), np.random.default_rng(1))
             synthetic.write_inform(file, "S", {name: np.tile(stain, (9, 9))[:1408, :1876]
                                                for name, stain in stains.items()})
-        decoded = harness.in_turn({"": lambda: data.read_image(file)}, args.rounds, compute.device)[""]
-        image = data.read_image(file)[0]
-        normalised = harness.in_turn({"": lambda: data.normalise(image)}, args.rounds, compute.device)[""]
-        field = data.Field(None, torch.from_numpy(data.normalise(image)), torch.from_numpy(image[0] > 1), ("DAPI",))
+        decoded = harness.in_turn({"": lambda: reading.read_image(file)}, args.rounds, compute.device)[""]
+        image = reading.read_image(file)[0]
+        normalised = harness.in_turn({"": lambda: reading.normalise(image)}, args.rounds, compute.device)[""]
+        field = manifests.Field(None, torch.from_numpy(reading.normalise(image)), torch.from_numpy(image[0] > 1),
+                                ("DAPI",))
         size = f"{image.shape[1]} x {image.shape[2]}, {file.stat().st_size / 2 ** 20:.0f} MB"
         rows.append([f"component_data.tif of {size}: DAPI decoded",
                      f"{statistics.median(decoded) * 1000:.0f} ms", "once a run"])
@@ -81,4 +82,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    harness.runs.command(main)
+    harness.process.command(main)

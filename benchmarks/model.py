@@ -108,4 +108,4 @@ def resident(args):
 
 
 if __name__ == "__main__":
-    harness.runs.command(main)
+    harness.process.command(main)

@@ -9,7 +9,7 @@ import harness
 import torch
 import torch.nn.functional as F
 
-import blocks
+from networks import blocks
 
 
 def main(argv=None):
@@ -64,4 +64,4 @@ def cases(args, compute):
 
 
 if __name__ == "__main__":
-    harness.runs.command(main)
+    harness.process.command(main)

@@ -105,4 +105,4 @@ def plot(found, file):
 
 
 if __name__ == "__main__":
-    harness.runs.command(main)
+    harness.process.command(main)

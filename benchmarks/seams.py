@@ -14,8 +14,8 @@ import torch
 
 import data
 import models
-import prediction
-import runs
+from images import manifests
+from running import prediction, runs
 
 
 def enlarged(image, side):
@@ -28,7 +28,7 @@ def enlarged(image, side):
 
 @torch.inference_mode()
 def probabilities(model, image, compute, tile, overlap):
-    field = data.Field(None, image, None, ())
+    field = manifests.Field(None, image, None, ())
     parts = [logits[0].softmax(0)[1].cpu() for _, logits in
              prediction.predict(model, [field], compute, tile=tile, overlap=overlap)]
     return torch.cat(parts)                                                                       # (H, W)
@@ -64,7 +64,7 @@ def main():
           f"{harness.machine(compute)}\n")
     config = runs.read_config(args.run)
     model = models.for_inference(runs.load_best(args.run, models.build_segmenter, compute, config))
-    records, _ = data.find_records(args.data or config["data"], config["seed"])
+    records, _ = manifests.find_records(args.data or config["data"], config["seed"])
     channels = data.stains(config["channel"], config["channels"])
     fields = data.read_fields([record for record in records if record.split == "validation"], channels)
     fields.sort(key=lambda field: field.mask.numel())

@@ -31,13 +31,12 @@ from pathlib import Path
 
 import harness
 
-import data
 import models
-import process
-import runs
-import settings
 import test
 import train
+from images import manifests
+from running import process, runs, settings
+from running.process import InputError
 
 RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101"]
 EFFICIENTNETS = [f"efficientnet_b{n}" for n in range(8)]
@@ -100,7 +99,7 @@ def main(argv=None):
     if args.plot:
         plot(jobs, args)
     if failed:
-        raise runs.RunError(f"{len(failed)} runs failed; the first: {failed[0]}")
+        raise InputError(f"{len(failed)} runs failed; the first: {failed[0]}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -196,9 +195,9 @@ def plan(args):
     for name in ("encoder", "model"):
         for value in args.axes.get(name, ()):
             models.check_name(name, value)
-    records, _ = data.find_records(args.data, 1, task=args.task, needs_validation=args.task == "seg")
+    records, _ = manifests.find_records(args.data, 1, task=args.task, needs_validation=args.task == "seg")
     if args.split not in {record.split for record in records}:
-        raise runs.RunError(f"--data {args.data}: has no images of split {args.split}")
+        raise InputError(f"--data {args.data}: has no images of split {args.split}")
     images, code, cells = settings.digest(records), runs.code_digest(), []
     for values in itertools.product(*args.axes.values()):
         cell = dict(zip(args.axes, values))
@@ -280,7 +279,7 @@ def start(job, device, args):
 def one(argv):
     """Trains a run, or goes on with it, and measures it: `tables.py one FOLDER SPLIT DEVICE flags...`."""
     folder, split, device, *flags = argv
-    if not any((Path(folder) / f"{name}.json").is_file() for name in data.SPLITS):  # else its training has ended
+    if not any((Path(folder) / f"{name}.json").is_file() for name in manifests.SPLITS):  # else its training has ended
         if (Path(folder) / "config.json").is_file():
             flags = [*(flag for flag in flags if not flag.startswith("--amp=")), "--resume"]  # it keeps its precision
         train.main([*flags, "--device", device, "--out", folder])
@@ -442,6 +441,6 @@ def plot_score(jobs, args, score, axis, base, panels):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
-        runs.command(lambda _: one(sys.argv[2:]), memory=train.LESS_MEMORY)
+        process.command(lambda _: one(sys.argv[2:]), memory=train.LESS_MEMORY)
     else:
-        runs.command(main)
+        process.command(main)

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 
 import data
 import dedl
-import runs
 import train
+from images import manifests
+from running import runs
 
 TILE, BATCH = 128, 8
 
@@ -52,7 +53,7 @@ def main(argv=None):
 # ---------------------------------------------------------------------------------------------------- 1. edits of masks
 def weigh_edits(args):
     from scipy import ndimage
-    records, _ = data.find_records(args.data, 1)
+    records, _ = manifests.find_records(args.data, 1)
     fields = {split: data.read_fields([r for r in records if r.split == split]) for split in ("train", "validation")}
     app, precision = taught(data.Crops(fields["train"], TILE), 400)
     rng, crops, found = np.random.default_rng(0), data.Crops(fields["validation"], TILE), {}
@@ -186,4 +187,4 @@ def iou(logits, truth):
 
 
 if __name__ == "__main__":
-    harness.runs.command(main)
+    harness.process.command(main)

@@ -87,7 +87,7 @@ def write_pictures(folder, count=18, tests=6, patients=0, seed=0):
 @pytest.fixture(autouse=True)
 def same_precision_everywhere(monkeypatch):
     """--amp auto is float32 in the tests, on every machine, and nothing is timed."""
-    import runs
+    from running import runs
     monkeypatch.setattr(runs, "bf16_gain", lambda: 1.0)
 
 
@@ -104,7 +104,7 @@ def tiny(tmp_path):
 @pytest.fixture
 def script(capfd, tmp_path, monkeypatch):
     """script(module, *arguments) -> (exit status, stdout, stderr); runs/ and the synthetic set lie below tmp_path."""
-    import runs
+    from running import process, runs
     monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(runs, "SYNTHETIC", tmp_path / "synthetic")
 
@@ -112,7 +112,7 @@ def script(capfd, tmp_path, monkeypatch):
         capfd.readouterr()
         try:
             more = {"memory": module.LESS_MEMORY} if hasattr(module, "LESS_MEMORY") else {}
-            runs.command(module.main, [str(argument) for argument in arguments], **more)
+            process.command(module.main, [str(argument) for argument in arguments], **more)
             status = 0
         except SystemExit as end:
             status = end.code or 0

@@ -13,11 +13,10 @@ import torch
 from conftest import CLASSIFY, TRAIN
 from PIL import Image
 
-import folders
-import runs
-import synthetic
 import test
 import train
+from images import folders, synthetic
+from running import runs
 
 
 # --------------------------------------------------------------------------------------------- what can be done to data

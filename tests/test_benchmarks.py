@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import runs
+from running import runs
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "harness")
 SMALL = ["--tile", "32", "--batch", "2", "--rounds", "1", "--device", "cpu", "--amp", "off"]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import blocks
+from networks import blocks
 
 MAPS = [[(24, 5, 7), (10, 10, 14), (6, 10, 14)], [(5, 6, 5), (7, 6, 5)], [(8, 4, 3), (2, 8, 6)], [(9, 6, 5)]]
 

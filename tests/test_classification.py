@@ -12,11 +12,10 @@ from PIL import Image
 import data
 import dedl
 import models
-import pictures
-import prediction
-import runs
 import test
 import train
+from images import manifests
+from running import figures, prediction, runs
 
 
 def read_csv(path):
@@ -41,7 +40,7 @@ def test_a_cross_validation_leaves_what_the_contract_names(cross_validated):
         header, *rows = read_csv(place / "validation.csv")
         assert header == ["image", "labels", "blue", "green", "red"]
         validated += [row[0] for row in rows]
-    records, _ = data.find_records(folder, task="cls", needs_validation=False)
+    records, _ = manifests.find_records(folder, task="cls", needs_validation=False)
     assert sorted(validated) == sorted(r.name for r in records if r.split == "train")  # each validates one fold
 
 
@@ -87,7 +86,7 @@ def test_measured_scores_are_those_of_the_written_probabilities(cross_validated,
 def test_the_ensemble_is_the_mean_probability(cross_validated):
     run, folder = cross_validated
     compute = runs.choose_compute("cpu", "off")
-    records = [r for r in data.find_records(folder, task="cls")[0] if r.split == "test"]
+    records = [r for r in manifests.find_records(folder, task="cls")[0] if r.split == "test"]
     shown = data.PicturesOnDisk(records, 32, models.interpolation("test_resnet"))
     config = runs.read_config(run)
     networks = [runs.load_best(run / f"fold{k}", models.build_classifier, compute, config) for k in range(3)]
@@ -127,11 +126,11 @@ def test_the_sheet_shows_narrow_pictures_and_many_classes(tmp_path):
     records = []
     for i, size in enumerate([(3000, 1), (1, 3000), (40, 40)]):
         Image.new("RGB", size, (200, 60, 60)).save(tmp_path / f"{i}.png")
-        records.append(data.Record(tmp_path / f"{i}.png", "test"))
+        records.append(manifests.Record(tmp_path / f"{i}.png", "test"))
     classes, truth = [f"class {c}" for c in range(200)], np.zeros((3, 200), bool)
     probabilities = np.full((3, 200), 0.99)
     probabilities[1, :100] = 0.2                                     # all wrong, this one least
-    pictures.save_labels(records, probabilities, truth, classes, tmp_path / "sheet.png")
+    figures.save_labels(records, probabilities, truth, classes, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size[1] < 600 and sheet.getpixel((100, 300))[0] > 150  # the tall one stands first
 
@@ -294,7 +293,7 @@ def test_batchnorm_is_refreshed_for_the_average(coloured, script, tmp_path):
     config, compute = runs.read_config(fold.parent), runs.choose_compute("cpu", "off")
     model = runs.load_best(fold, models.build_classifier, compute, config)
     held = {row[0] for row in read_csv(fold / "validation.csv")[1:]}
-    records = [r for r in data.find_records(coloured, task="cls", needs_validation=False)[0]
+    records = [r for r in manifests.find_records(coloured, task="cls", needs_validation=False)[0]
                if r.split == "train" and r.name not in held]
     labelled = data.read_labelled(records, ["blue", "green", "red"], 32)
     augmented = data.AugmentedPictures(labelled, range(len(records)), 77, data.AUGMENTATIONS["short"])
@@ -352,7 +351,7 @@ def test_best_is_the_epoch_with_the_best_micro_f1_and_the_lower_loss(coloured, s
 
 def test_class_weights_of_a_fold_follow_its_training_rows(coloured, script, tmp_path):
     assert script(train, "--data", coloured, *CLASSIFY, "--class-weights", "auto", "--out", tmp_path / "run")[0] == 0
-    records = [r for r in data.find_records(coloured, task="cls", needs_validation=False)[0] if r.split == "train"]
+    records = [r for r in manifests.find_records(coloured, task="cls", needs_validation=False)[0] if r.split == "train"]
     for fold in range(3):
         held = {row[0] for row in read_csv(tmp_path / "run" / f"fold{fold}" / "validation.csv")[1:]}
         counts = [sum(name in r.labels for r in records if r.name not in held) for name in ("blue", "green", "red")]
@@ -400,7 +399,7 @@ def test_flags_reach_the_training(coloured, script, tmp_path):
 
 
 def test_the_synthetic_set_is_the_default(script, monkeypatch):
-    import synthetic
+    from images import synthetic
     monkeypatch.setattr(synthetic, "FIELDS_PER_PATIENT", 1)
     monkeypatch.setattr(synthetic, "PICTURES_PER_PATIENT", 1)
     arguments = ["--task", "cls", "--epochs", 1, "--weights", "none", "--folds", 2, "--image-size", 32, "--fold"]
@@ -445,6 +444,6 @@ def test_one_class_and_images_without_it(coloured, script, tmp_path):
 
 
 def test_pictures_fixture_has_every_colour_in_every_split(tmp_path):
-    records, _ = data.find_records(write_pictures(tmp_path / "x"), task="cls")
+    records, _ = manifests.find_records(write_pictures(tmp_path / "x"), task="cls")
     for split in ("train", "test"):
         assert len({label for r in records if r.split == split for label in r.labels}) == 3

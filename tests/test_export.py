@@ -6,10 +6,9 @@ import sys
 import pytest
 import torch
 
-import export
 import models
-import runs
 import test
+from running import export, runs
 
 CPU = runs.Compute(torch.device("cpu"), None)
 SHAPES = [(1, 16, 16), (3, 37, 53), (1, 64, 96), (2, 17, 130)]

@@ -11,10 +11,10 @@ import torch
 from conftest import SHARED, write_folder, write_pictures
 from PIL import Image
 
-import data
-import prediction
-import runs
 import train
+from images import manifests, reading
+from running import prediction, runs
+from running.process import InputError
 
 CASES = 500  # of each kind of file
 
@@ -105,38 +105,38 @@ def test_damaged_images(name, tmp_path, capfd):
     for case in range(CASES if name in MADE else CASES // 8):
         broken = damaged(content, rng)
         file.write_bytes(with_right_checksums(broken) if case % 2 and name.endswith("png") else broken)
-        for read in (data.read_image, data.read_mask, data.read_picture):
+        for read in (reading.read_image, reading.read_mask, reading.read_picture):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", RuntimeWarning)  # of numpy: overflow, NaN
                 try:
                     found = read(file)
-                except data.DataError as error:
+                except InputError as error:
                     assert str(error).startswith(str(file)) and "\n" not in str(error)
                     continue
-                if read is data.read_image:
-                    image = data.normalise(found[0])
+                if read is reading.read_image:
+                    image = reading.normalise(found[0])
                     assert image.ndim == 3 and np.isfinite(image).all() and 0 <= image.min() <= image.max() <= 1
                 else:
-                    assert found.dtype == (bool if read is data.read_mask else np.uint8) and found.size
+                    assert found.dtype == (bool if read is reading.read_mask else np.uint8) and found.size
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("task", ["seg", "cls"])
 def test_damaged_manifests(task, tmp_path):
     folder = (write_folder if task == "seg" else write_pictures)(tmp_path / "folder")
-    manifest = folder / data.MANIFESTS[task][0]
+    manifest = folder / manifests.MANIFESTS[task][0]
     content, rng = manifest.read_bytes(), np.random.default_rng(1)
     for _ in range(CASES):
         manifest.write_bytes(damaged(content, rng))
         try:
-            records, _ = data.find_records(folder, task=task)
-        except data.DataError as error:
+            records, _ = manifests.find_records(folder, task=task)
+        except InputError as error:
             assert str(manifest) in str(error) and "\n" not in str(error)
             continue
         assert records
         for record in records:
-            assert record.split in data.SPLITS and record.image.is_file() and record.image.parent == folder
+            assert record.split in manifests.SPLITS and record.image.is_file() and record.image.parent == folder
 
 
 def test_damaged_checkpoints(cross_validated, tmp_path):
@@ -147,7 +147,7 @@ def test_damaged_checkpoints(cross_validated, tmp_path):
         file.write_bytes(damaged(content, rng))
         try:
             found = runs.load_checkpoint(file, "model", "state")
-        except runs.RunError as error:
+        except InputError as error:
             assert str(error).startswith(str(file)) and "\n" not in str(error)
             continue
         assert found["state"] == whole["state"] and found["setting"] == whole["setting"]
@@ -171,7 +171,7 @@ def test_damaged_texts_of_a_run(cross_validated, tmp_path, name, capfd):
             else:
                 _, probabilities, truth = prediction.load_probabilities(file, classes)
                 assert probabilities.shape == truth.shape and ((probabilities >= 0) & (probabilities <= 1)).all()
-        except runs.RunError as error:
+        except InputError as error:
             assert str(file) in str(error) and "\n" not in str(error)
         except SystemExit as end:
             err = capfd.readouterr().err

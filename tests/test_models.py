@@ -9,8 +9,9 @@ from conftest import ROOT
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import encoders
 import models
+from networks import encoders
+from running.process import InputError
 
 PAPER_ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101"] + [f"efficientnet_b{i}" for i in range(8)]
 SMALLER = PAPER_ENCODERS[:-4] + [pytest.param(name, marks=pytest.mark.slow) for name in PAPER_ENCODERS[-4:]]
@@ -53,7 +54,7 @@ def test_load_smp_refuses_other_networks():
     weights = reference("unet", "resnet18").state_dict()
     for other in (models.build_segmenter("unetpp"), models.build_segmenter(encoder="resnet34"),
                   models.build_segmenter(in_channels=3)):
-        with pytest.raises(models.ModelError, match="another network"):
+        with pytest.raises(InputError, match="another network"):
             models.load_smp(other, weights)
 
 
@@ -188,7 +189,7 @@ def test_encoder_of_no_maps(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("features_only not implemented")
     monkeypatch.setattr(timm, "create_model", fails)
-    with pytest.raises(models.ModelError, match="'resnet18' gives no feature maps .features_only not implemented"):
+    with pytest.raises(InputError, match="'resnet18' gives no feature maps .features_only not implemented"):
         models.build_segmenter()
 
 
@@ -280,7 +281,7 @@ def test_weights_from_a_file_for_wrapped_encoders(encoder, tmp_path):
     for name, tensor in model.encoder.network.named_parameters():  # timm's extractors have names of their own
         assert any(torch.equal(tensor, other) for other in values[tuple(tensor.shape)]), name
     torch.save({"a.weight": torch.zeros(3)}, tmp_path / "weights.pth")
-    with pytest.raises(models.ModelError, match="not weights for this network"):
+    with pytest.raises(InputError, match="not weights for this network"):
         models.build_segmenter(encoder=encoder, weights=tmp_path / "weights.pth")
 
 
@@ -295,9 +296,9 @@ def test_files_that_are_not_weights_are_refused(tmp_path, capfd):
     (tmp_path / "code.pth").write_bytes(pickle.dumps(Bomb()))
     (tmp_path / "short.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:5000])
     for name in ("missing.pth", "unrelated.pth", "code.pth", "short.pth"):
-        with pytest.raises(models.ModelError, match=name):
+        with pytest.raises(InputError, match=name):
             models.build_segmenter(weights=tmp_path / name)
-    with pytest.raises(models.ModelError, match="other.pth"):
+    with pytest.raises(InputError, match="other.pth"):
         models.build_segmenter(encoder="resnet50", weights=tmp_path / "other.pth")
     assert "the code in the file ran" not in capfd.readouterr().out
 
@@ -309,7 +310,7 @@ def test_without_network_auto_warns_and_imagenet_fails(monkeypatch, tmp_path, ca
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     model = models.build_segmenter(weights="auto")
     assert "WARNING" in capsys.readouterr().out and model.weights_used == "none"
-    with pytest.raises(models.ModelError, match="ImageNet weights"):
+    with pytest.raises(InputError, match="ImageNet weights"):
         models.build_segmenter(weights="imagenet")
 
 
@@ -318,7 +319,7 @@ def test_without_network_auto_warns_and_imagenet_fails(monkeypatch, tmp_path, ca
     ({"depth": 4}, "4 decoder channels"), ({"depth": 1, "decoder_channels": (64,)}, "depth 1"),
     ({"depth": 6, "decoder_channels": (64,) * 6}, "depth 6")])
 def test_what_cannot_be_built_is_said(wrong, said):
-    with pytest.raises(models.ModelError, match=said):
+    with pytest.raises(InputError, match=said):
         models.build_segmenter(**wrong)
 
 
@@ -378,7 +379,7 @@ def test_classifier_weights_from_a_file(tmp_path):
         assert len(same) > 50 and all(torch.equal(ours[key], theirs[key]) for key in same)
         assert model(torch.rand(1, 3, size, size)).shape == (1, 5)
         assert model.weights_used == str(tmp_path / "weights.pth")
-    with pytest.raises(models.ModelError, match="not weights for this network"):
+    with pytest.raises(InputError, match="not weights for this network"):
         models.build_classifier("resnet18", 5, 64, weights=tmp_path / "weights.pth")
 
 
@@ -388,7 +389,7 @@ def test_classifier_weights_from_a_file(tmp_path):
     (("vit_tiny_patch16_224", 5, 100), "no multiple of its patches of 16"),
     (("vit_base_patch16_384", 5, 10), "its own size is 384")])
 def test_classifiers_that_cannot_be_built(wrong, said):
-    with pytest.raises(models.ModelError, match=said):
+    with pytest.raises(InputError, match=said):
         models.build_classifier(*wrong)
 
 
@@ -399,5 +400,5 @@ def test_classifiers_without_network(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert models.build_classifier("resnet18", 2, 64, "auto").weights_used == "none"
     assert "WARNING" in capsys.readouterr().out
-    with pytest.raises(models.ModelError, match="ImageNet weights"):
+    with pytest.raises(InputError, match="ImageNet weights"):
         models.build_classifier("resnet18", 2, 64, "imagenet")

@@ -13,11 +13,11 @@ from PIL import Image
 
 import data
 import dedl
-import folders
-import prediction
-import runs
 import test
 import train
+from images import folders, reading
+from running import prediction, runs
+from running.process import InputError
 
 bf16_gain = runs.bf16_gain  # which the tests' fixture replaces
 
@@ -165,12 +165,12 @@ def test_floats_at_the_edge(tmp_path, values, said):
     image[:10], image[10:] = values
     tifffile.imwrite(tmp_path / "edge.tif", image)
     if said:
-        with pytest.raises(data.DataError, match=f"edge.tif: holds pixels that are {said}"):
-            data.read_mask(tmp_path / "edge.tif")
-        with pytest.raises(data.DataError, match=f"edge.tif: holds pixels that are {said}"):
-            data.read_image(tmp_path / "edge.tif")
+        with pytest.raises(InputError, match=f"edge.tif: holds pixels that are {said}"):
+            reading.read_mask(tmp_path / "edge.tif")
+        with pytest.raises(InputError, match=f"edge.tif: holds pixels that are {said}"):
+            reading.read_image(tmp_path / "edge.tif")
         return
-    found = data.normalise(data.read_image(tmp_path / "edge.tif")[0])
+    found = reading.normalise(reading.read_image(tmp_path / "edge.tif")[0])
     assert np.isfinite(found).all() and set(np.unique(found)) == ({0.0} if values[0] == values[1] else {0.0, 1.0})
 
 

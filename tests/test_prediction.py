@@ -15,13 +15,11 @@ from PIL import Image
 
 import data
 import dedl
-import pictures
-import prediction
-import reading
-import runs
-import synthetic
 import test
 import train
+from images import manifests, reading, synthetic
+from running import figures, prediction, runs
+from running.process import InputError
 
 
 def rows_of(file):
@@ -186,7 +184,7 @@ def test_limits_of_large_images_take_no_copy(monkeypatch):
 @pytest.mark.parametrize("flags", [("--images", "{tiny}/field?.png"), ("--data", "{tiny}", "--split", "train")])
 def test_nothing_of_a_part_stays_while_the_next_is_read(run, tiny, script, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(data, "PART_PIXELS", 1)
-    whole_read, whole_evaluate, kept = data.read_field, prediction.evaluate, []
+    whole_read, whole_evaluate, kept = manifests.read_field, prediction.evaluate, []
 
     def read_field(*inputs, **how):
         assert not any(reference() is not None for reference in kept)
@@ -199,7 +197,7 @@ def test_nothing_of_a_part_stays_while_the_next_is_read(run, tiny, script, tmp_p
         kept.extend(map(weakref.ref, masks))
         return counts, loss, masks
 
-    monkeypatch.setattr(data, "read_field", read_field)
+    monkeypatch.setattr(manifests, "read_field", read_field)
     monkeypatch.setattr(prediction, "evaluate", evaluate)
     status, _, err = script(test, run, *(flag.format(tiny=tiny) for flag in flags), "--save-probabilities",
                             tmp_path / "maps")
@@ -207,8 +205,8 @@ def test_nothing_of_a_part_stays_while_the_next_is_read(run, tiny, script, tmp_p
 
 
 def test_a_field_read_raw_is_the_same_field(tiny):
-    record = data.find_records(tiny)[0][0]
-    normalised, raw = data.read_field(record), data.read_field(record, raw=True)
+    record = manifests.find_records(tiny)[0][0]
+    normalised, raw = manifests.read_field(record), manifests.read_field(record, raw=True)
     assert raw.image.dtype == np.uint8 and raw.shape == normalised.shape
     torch.testing.assert_close(raw.window(), normalised.image)
     torch.testing.assert_close(raw.window(slice(3, 20), slice(5, 9)), normalised.window(slice(3, 20), slice(5, 9)))
@@ -234,7 +232,7 @@ def test_a_field_does_not_change_much_where_tiles_fall(run):
     model = runs.load_best(run, prediction.models.build_segmenter, compute, config)
     image = np.concatenate([np.concatenate([blobs(np.random.default_rng(i + 3 * j), 50, 50)[0] for i in range(3)])
                             for j in range(3)], 1)
-    field = data.Field(None, torch.from_numpy(reading.normalise(image[None])), None, ("grey",))
+    field = manifests.Field(None, torch.from_numpy(reading.normalise(image[None])), None, ("grey",))
     with torch.inference_mode():
         def probability(**how):
             return torch.cat([z.softmax(1)[0, 1] for _, z in prediction.predict(model, [field], compute, **how)])
@@ -285,7 +283,7 @@ def test_files_without_stains_have_none_to_remember(tiny):
     with Image.open(tiny / "field1.png") as picture:
         picture.save(tiny / "field1.tif")
     (tiny / "segmentation.csv").write_text((tiny / "segmentation.csv").read_text().replace("field1.png", "field1.tif"))
-    fields = data.read_fields(data.find_records(tiny)[0], ("0",))
+    fields = data.read_fields(manifests.find_records(tiny)[0], ("0",))
     assert {data.stains(("0",), field.channels) for field in fields} == {("0",)}
     assert data.stains(("1", "PD1"), ("CD4", "PD1")) == ("CD4", "PD1")
 
@@ -301,11 +299,11 @@ def imagej_stack(path, axes="CYX", count=3, **metadata):
 
 def test_labels_of_imagej_are_names(tmp_path):
     path = imagej_stack(tmp_path / "a.tif", Labels=["CD4", "DAPI", "CD8"])
-    image, names = data.read_image(path, ("CD8", "dapi"))
+    image, names = reading.read_image(path, ("CD8", "dapi"))
     assert names == ("CD8", "DAPI") and image.mean((1, 2)).round(-2).tolist() == [200, 100]
-    with pytest.raises(data.DataError, match="no page named 'PD1'.*it has CD4, DAPI, CD8"):
-        data.read_image(path, ("PD1",))
-    assert data.read_image(path, ("2",))[1] == ("CD8",)               # remembered by its name
+    with pytest.raises(InputError, match="no page named 'PD1'.*it has CD4, DAPI, CD8"):
+        reading.read_image(path, ("PD1",))
+    assert reading.read_image(path, ("2",))[1] == ("CD8",)               # remembered by its name
 
 
 def test_a_run_by_number_refuses_files_with_other_pages(script, tmp_path):
@@ -340,12 +338,12 @@ def test_a_run_by_number_refuses_files_with_other_pages(script, tmp_path):
                                         ("TYX", "12 t x 1 channels"), ("TZCYX", "2 t x 2 z x 3 channels")])
 def test_stacks_are_refused(tmp_path, axes, said):
     for channel in ("0", "DAPI"):
-        with pytest.raises(data.DataError, match=f"stack.tif: 12 pages = {said}; save a projection"):
-            data.read_image(imagej_stack(tmp_path / "stack.tif", axes, 12), (channel,))
+        with pytest.raises(InputError, match=f"stack.tif: 12 pages = {said}; save a projection"):
+            reading.read_image(imagej_stack(tmp_path / "stack.tif", axes, 12), (channel,))
     tifffile.imwrite(tmp_path / "stack.ome.tif", np.zeros((4, 3, 40, 50), np.uint16), photometric="minisblack",
                      metadata={"axes": "ZCYX", "Channel": {"Name": ["DAPI", "CD4", "CD8"]}})
-    with pytest.raises(data.DataError, match="12 pages = 4 z x 3 channels"):
-        data.read_image(tmp_path / "stack.ome.tif", ("DAPI",))
+    with pytest.raises(InputError, match="12 pages = 4 z x 3 channels"):
+        reading.read_image(tmp_path / "stack.ome.tif", ("DAPI",))
 
 
 @pytest.mark.parametrize("labels", [["c:1/3 - {}.czi", "c:2/3 - {}.czi", "c:3/3 - {}.czi"], ["1", "2", "3"],
@@ -355,7 +353,7 @@ def test_labels_that_tell_of_slices_or_files_are_no_names(tmp_path, labels):
     for name in ("a", "b"):
         named = labels if isinstance(labels, str) else [label.format(name) for label in labels]
         path = imagej_stack(tmp_path / f"{name}.tif", Labels=named)
-        image, names = data.read_image(path, ("1",))
+        image, names = reading.read_image(path, ("1",))
         assert names == ("1 of 3",) and image.mean().round(-2) == 100
 
 
@@ -363,27 +361,27 @@ def test_large_files_of_imagej_are_refused(tmp_path):
     """They describe one page, behind which the others lie; the first alone was read, as grey."""
     pixels = np.zeros((3, 40, 50), np.uint16)
     tifffile.imwrite(tmp_path / "large.tif", pixels, imagej=True, truncate=True)
-    for read in (data.read_image, data.read_mask):
-        with pytest.raises(data.DataError, match="large.tif: 3 pages = 3 channels"):
+    for read in (reading.read_image, reading.read_mask):
+        with pytest.raises(InputError, match="large.tif: 3 pages = 3 channels"):
             read(tmp_path / "large.tif")
 
 
 def test_a_labelled_slice_is_taken_by_its_label_alone(tmp_path):
     """Fiji's "Images to Stack" makes slices of stains."""
     path = imagej_stack(tmp_path / "a.tif", "ZYX", Labels=["CD4", "DAPI", "CD8"])
-    assert data.read_image(path, ("DAPI",))[0].mean().round(-2) == 100
-    with pytest.raises(data.DataError, match="3 pages = 3 z x 1 channels"):
-        data.read_image(path, ("1",))
+    assert reading.read_image(path, ("DAPI",))[0].mean().round(-2) == 100
+    with pytest.raises(InputError, match="3 pages = 3 z x 1 channels"):
+        reading.read_image(path, ("1",))
 
 
 def test_names_of_ome_tiffs(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 99, (3, 20, 30)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "a.ome.tif", pixels, photometric="minisblack",
                      metadata={"axes": "CYX", "Channel": {"Name": ["CD4", "DAPI", "CD8"]}})
-    image, names = data.read_image(tmp_path / "a.ome.tif", ("CD8", "dapi"))
+    image, names = reading.read_image(tmp_path / "a.ome.tif", ("CD8", "dapi"))
     assert names == ("CD8", "DAPI") and np.array_equal(image, pixels[[2, 1]].astype(np.float32))
     tifffile.imwrite(tmp_path / "b.ome.tif", pixels[0], metadata={"axes": "YX", "Channel": {"Name": "Hoechst"}})
-    assert data.read_image(tmp_path / "b.ome.tif")[0].shape == (1, 20, 30)  # a single page is taken whole
+    assert reading.read_image(tmp_path / "b.ome.tif")[0].shape == (1, 20, 30)  # a single page is taken whole
 
 
 def test_a_name_of_two_pages_is_no_name(tmp_path):
@@ -394,21 +392,21 @@ def test_a_name_of_two_pages_is_no_name(tmp_path):
     with tifffile.TiffWriter(tmp_path / "b.tif") as tiff:
         for _ in range(2):
             tiff.write(synthetic_stain, metadata=None, description=text)
-    with pytest.raises(data.DataError, match="2 of its pages are named 'DAPI'.*0, 1"):
-        data.read_image(tmp_path / "b.tif")
-    image, names = data.read_image(tmp_path / "b.tif", ("1",))
+    with pytest.raises(InputError, match="2 of its pages are named 'DAPI'.*0, 1"):
+        reading.read_image(tmp_path / "b.tif")
+    image, names = reading.read_image(tmp_path / "b.tif", ("1",))
     assert image.shape == (1, 8, 8) and names == ("1 of 2",)  # by its name it would not be found again
 
 
 def test_stains_are_not_dropped(tmp_path):
     planes = np.random.default_rng(0).integers(0, 99, (2, 8, 9)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", planes, planarconfig="separate", photometric="minisblack")
-    np.testing.assert_array_equal(data.read_image(tmp_path / "a.tif")[0], planes)
+    np.testing.assert_array_equal(reading.read_image(tmp_path / "a.tif")[0], planes)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "b.png")
     for name in ("a.tif", "b.png"):
-        with pytest.raises(data.DataError, match="without stains to take DAPI, CD4"):
-            data.read_image(tmp_path / name, ("DAPI", "CD4"))
-    with pytest.raises(data.DataError, match="twice"):
+        with pytest.raises(InputError, match="without stains to take DAPI, CD4"):
+            reading.read_image(tmp_path / name, ("DAPI", "CD4"))
+    with pytest.raises(InputError, match="twice"):
         reading.channel_names("DAPI,dapi")
 
 
@@ -420,7 +418,7 @@ def test_a_run_ends_with_its_curves(finished, cross_validated, tmp_path, monkeyp
             assert picture.width > 2 * picture.height > 400
     history = [{"epoch": e, "train_loss": 1 / e, "val_loss": 1 / e, "val_iou": 0.1 * e, "lr": 0.1} for e in (1, 2)]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install matplotlib" in pictures.save_curves(history, tmp_path / "curves.png")
+    assert "pip install matplotlib" in figures.save_curves(history, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
 

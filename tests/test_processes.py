@@ -15,10 +15,9 @@ from conftest import CLASSIFY, ROOT, TRAIN
 import data
 import dedl
 import models
-import prediction
-import process
-import runs
 import train
+from images import manifests, reading
+from running import prediction, process, runs
 
 
 def torchrun(script, *arguments, processes=2):
@@ -63,7 +62,7 @@ def test_a_segmentation_changes_its_number_of_processes(tiny, script, tmp_path):
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     model = models.build_segmenter(**last["setting"])
     model.load_state_dict(last["model"])
-    records = [record for record in data.find_records(tiny)[0] if record.split == "validation"]
+    records = [record for record in manifests.find_records(tiny)[0] if record.split == "validation"]
     weights = torch.tensor(runs.read_config(run)["class_weights_used"])
     counts, loss, _ = prediction.evaluate(model, data.read_fields(records), runs.choose_compute("cpu", "off"), weights)
     assert float(rows[-1]["val_iou"]) == pytest.approx(dedl.segmentation_scores(counts)["iou"], abs=1e-6)
@@ -77,14 +76,16 @@ def test_one_failing_process_ends_all_with_its_message(tiny, tmp_path):
     failing = tmp_path / "failing.py"
     failing.write_text(f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
-import prediction, process, runs, train
+import train
+from running import prediction, process
+from running.process import InputError
 whole = prediction.evaluate
 def evaluate(*inputs):
     if process.rank() == 1:
-        raise runs.RunError("the second process has a reason")
+        raise InputError("the second process has a reason")
     return whole(*inputs)
 prediction.evaluate = evaluate
-runs.command(train.main)
+process.command(train.main)
 """)
     ended = torchrun(failing, "--data", tiny, *TRAIN, "--out", tmp_path / "run")
     assert ended.returncode != 0 and ended.stderr.count("error: ") == 1, ended.stderr
@@ -154,7 +155,7 @@ def test_an_error_of_ours_in_a_loader_process_stays_one(coloured, script, tmp_pa
 
 @pytest.mark.parametrize("how", ["killed", "broken"])
 def test_a_loader_process_that_ends_names_its_file(coloured, script, tmp_path, monkeypatch, how):
-    read = data.read_picture
+    read = reading.read_picture
 
     def dying(path):
         if path.name == "picture7.png" and torch.utils.data.get_worker_info():

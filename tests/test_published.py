@@ -9,8 +9,9 @@ from conftest import TRAIN
 from torch import nn
 
 import data
-import runs
 import train
+from images import manifests
+from running import runs
 
 
 @pytest.mark.parametrize("recipe", ["paper", "short"])
@@ -68,7 +69,7 @@ def test_a_training_step_is_the_published_one(tiny, tmp_path, monkeypatch, app, 
 
 
 def test_published_tiles_are_a_grid_padded_with_zeros():
-    field = data.Field(None, torch.ones(1, 50, 70), torch.ones(50, 70, dtype=torch.bool), ("grey",))
+    field = manifests.Field(None, torch.ones(1, 50, 70), torch.ones(50, 70, dtype=torch.bool), ("grey",))
     crops = data.Crops([field, field], 32, published=True)
     assert len(crops) == 2 * 2 * 3                                    # 1408 x 1876 by 480: 12, as in the notebooks
     filled = [crops[i][1].float().mean().item() for i in range(6)]
@@ -79,7 +80,7 @@ def test_published_tiles_are_a_grid_padded_with_zeros():
 def test_published_tiles_are_turned_a_little_and_flipped():
     """Each tile is turned by its own angle within 3 degrees, and the four ways of the flips come alike often."""
     x = torch.arange(64.0).expand(64, 64)
-    field = data.Field(None, torch.stack([x, x.T]), x > 31, ("x", "y"))
+    field = manifests.Field(None, torch.stack([x, x.T]), x > 31, ("x", "y"))
     crops = data.Crops([field], 64, seed=1, published=True)
     angles, ways, steps = [], [], torch.arange(56.0) - 27.5
     for index in range(200):

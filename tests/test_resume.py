@@ -18,11 +18,9 @@ import torch
 from conftest import CLASSIFY, ROOT, THREADS, TRAIN
 
 import data
-import prediction
-import process
-import runs
 import test
 import train
+from running import prediction, process, runs
 
 # forks of a fresh process, which has imported everything but started no thread: a second less for each
 FORKS = multiprocessing.get_context("forkserver")
@@ -76,7 +74,7 @@ def train_and_die(arguments, when, name, number):
 
     process.replacing, process.combine = replacing, at("step", combine)
     prediction.evaluate = at("validation", evaluate)
-    runs.command(train.main, arguments, train.LESS_MEMORY)
+    process.command(train.main, arguments, train.LESS_MEMORY)
 
 
 def train_on(arguments, log):
@@ -85,7 +83,7 @@ def train_on(arguments, log):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     for number in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-    runs.command(train.main, arguments, train.LESS_MEMORY)
+    process.command(train.main, arguments, train.LESS_MEMORY)
 
 
 def train_on_a_small_disk(arguments, log, most):
@@ -269,7 +267,8 @@ def test_going_on_keeps_precision_and_device(tiny, script, tmp_path):
 
 def test_the_digest_of_the_code_is_of_what_computes(tmp_path):
     for name in runs.COMPUTES:
-        shutil.copy(ROOT / name, tmp_path)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     assert runs.code_digest(tmp_path) == runs.code_digest()
     method = (ROOT / "dedl.py").read_text()
     for old, new, same in (("# inv_ex: no wait for the GPU", "", True), ("\n\n\n", "\n\n", True),

@@ -14,10 +14,10 @@ from PIL import Image
 
 import data
 import dedl
-import prediction
-import runs
 import test
 import train
+from images import manifests, reading
+from running import prediction, runs
 
 
 def test_a_run_leaves_what_the_contract_names(finished):
@@ -40,10 +40,10 @@ def test_measured_iou_is_that_of_the_saved_masks(finished, script, tmp_path):
     assert status == 0
     scores = json.loads((run / "test.json").read_text())
     counts = []
-    for record in data.find_records(folder)[0]:
+    for record in manifests.find_records(folder)[0]:
         if record.split == "test":
             found = np.asarray(Image.open(tmp_path / "masks" / f"{record.image.stem}.png"))
-            truth = data.read_mask(record.mask)
+            truth = reading.read_mask(record.mask)
             assert found.shape == truth.shape and found.dtype == np.uint8 and set(np.unique(found)) <= {0, 255}
             counts.append([(found.astype(bool) & truth).sum(), (found.astype(bool) & ~truth).sum(),
                            (~found.astype(bool) & truth).sum(), (~found.astype(bool) & ~truth).sum()])
@@ -199,7 +199,7 @@ def test_tiles_cover_the_field_and_their_weights_sum_to_one(size, tile, overlap)
 
 
 def field_of(*shape):
-    return data.Field(None, torch.rand(*shape), None, ("grey",))
+    return manifests.Field(None, torch.rand(*shape), None, ("grey",))
 
 
 def whole(field, model, **how):
@@ -248,7 +248,7 @@ def test_tta_puts_the_eight_ways_back():
 
 def test_fields_of_one_size_are_predicted_together_and_keep_their_order():
     sizes = [(16, 20), (24, 20), (16, 20), (16, 20), (1024, 1024), (16, 20)]
-    fields = [data.Field(None, torch.rand(1, *size), torch.rand(size) > 0.5, ("grey",)) for size in sizes]
+    fields = [manifests.Field(None, torch.rand(1, *size), torch.rand(size) > 0.5, ("grey",)) for size in sizes]
     seen = []
 
     class Threshold(torch.nn.Module):
@@ -294,7 +294,7 @@ def test_readme_and_ci_name_the_same_commands():
 
 
 def test_class_weights_follow_the_data(tiny):
-    fields = data.read_fields([r for r in data.find_records(tiny)[0] if r.split == "train"])
+    fields = data.read_fields([r for r in manifests.find_records(tiny)[0] if r.split == "train"])
     share = np.mean(np.concatenate([f.mask.numpy().ravel() for f in fields]))
     assert train.segmentation_weights("auto", fields) == pytest.approx([share, 1 - share])
     assert train.segmentation_weights("published", fields) == list(dedl.PUBLISHED_CLASS_WEIGHTS)

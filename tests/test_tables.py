@@ -63,7 +63,7 @@ def test_runs_of_other_flags_have_other_folders(tables, tiny, tmp_path):
                                         (("--vary", "encoder=resnet18,resnt34"), "resnt34")])
 def test_bad_flags_end_before_the_first_run(tables, tiny, tmp_path, capsys, flags, said):
     with pytest.raises(SystemExit) as end:
-        tables.runs.command(tables.main, ["efficiency", "--data", str(tiny), "--out", str(tmp_path / "out"), *flags])
+        tables.process.command(tables.main, ["efficiency", "--data", str(tiny), "--out", str(tmp_path / "out"), *flags])
     assert end.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

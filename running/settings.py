@@ -6,8 +6,8 @@ from pathlib import Path
 
 import dedl
 import models
-import process
-import runs
+from running import process, runs
+from running.process import InputError
 
 # What a flag that is not given falls back to. paper: the published recipe. short: what worked best from random weights,
 # one cycle to a large learning rate. Without --data and --recipe: short, with what the small synthetic set needs.
@@ -147,11 +147,11 @@ def how_to_go_on(args):
 
 
 def refuse_other_settings(args, saved, may_change=PLACE):
-    """Raises RunError if the run in args.out was started with other settings, `saved`, than `args`."""
+    """Raises InputError if the run in args.out was started with other settings, `saved`, than `args`."""
     for name, value in vars(args).items():
         was = saved.get(name)
         if name not in may_change and was != (str(value) if isinstance(value, Path) else value):
-            raise runs.RunError(f"argument --{name.replace('_', '-')}: the run of {args.out / 'config.json'} was "
+            raise InputError(f"argument --{name.replace('_', '-')}: the run of {args.out / 'config.json'} was "
                                 f"started with {was}, not {value}")
 
 
@@ -162,9 +162,9 @@ def digest(records):
 
 
 def refuse_other_data(args, records, begun):
-    """Raises RunError if the run whose config is `begun`, or None, was started with other images, splits or labels."""
+    """Raises InputError if the run with the config `begun`, if any, was started with other images, splits or labels."""
     if begun and begun.get("rows") != digest(records):
-        raise runs.RunError(f"--data {args.data}: its images, their splits or labels are not those that {args.out} was "
+        raise InputError(f"--data {args.data}: its images, their splits or labels are not those that {args.out} was "
                             f"started with; train a new run")
 
 

@@ -13,30 +13,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import data
-import folders
-import models
-import process
+from images import folders, manifests
+from running import process
+from running.process import InputError
 
 RUNS = Path("runs")
-SYNTHETIC = Path(__file__).parent / "datasets" / "synthetic-v2"  # the number rises when data.py makes other pictures
+SYNTHETIC = Path(__file__).parents[1] / "datasets" / "synthetic-v2"  # the number rises with other pictures
 # the method, the networks, the data and the loop, by which code_digest tells runs apart
-COMPUTES = ("dedl.py", "blocks.py", "encoders.py", "models.py", "reading.py", "data.py", "prediction.py", "train.py")
+COMPUTES = ("dedl.py", "models.py", "data.py", "train.py", "networks/blocks.py", "networks/encoders.py",
+            "images/reading.py", "images/manifests.py", "running/prediction.py")
 BF16_GAIN = 1.15  # on a CPU bf16 must be this much faster than float32 to be taken
 WRITTEN = ("best.pt", "last.pt", "metrics.csv", "samples.png", "curves.png", "validation.csv", "test.json", "test.png",
            "test.csv", "predictions.csv", "segmentation.csv", "classification.csv")  # where one lies, no run may begin
 CONFIG = dict(task=str, data=str, seed=int, images=dict, setting=dict, weights_used=str)  # what others need of a config
 CONFIG_OF = {"seg": dict(channel=str, channels=list), "cls": dict(model=str, image_size=int, folds=int, classes=list)}
-
-
-class RunError(ValueError):
-    """A run's folder, checkpoint or setting is not usable; the message is one line, fit to be shown."""
-
-
-def command(main, argv=None, memory="take smaller images, or --amp bf16"):
-    """Runs the main of train.py or test.py; what the user can mend ends as one line on stderr and exit status 2.
-    memory: what to change where there is too little."""
-    process.command(main, argv, (data.DataError, models.ModelError, RunError), memory)
 
 
 # ------------------------------------------------------------------------------------------------- device and precision
@@ -70,20 +60,20 @@ def devices():
 
 
 def choose_device(device="auto"):
-    """The name of the device for the flag --device. Raises RunError for one that is not there."""
+    """The name of the device for the flag --device. Raises InputError for one that is not there."""
     device = devices()[0] if device == "auto" else device
     if device not in devices():
-        raise RunError(f"--device {device}: there is none here; use {' or '.join(devices())}")
+        raise InputError(f"--device {device}: there is none here; use {' or '.join(devices())}")
     return device
 
 
 def choose_compute(device="auto", amp="auto", keep_memory=True):
     """Compute for the flags --device and --amp. auto: the best device there is; on a GPU bf16, fp16 on older ones; on a
-    CPU what fastest_on_cpu finds. keep_memory: a CPU's freed memory is kept for the next step. Raises RunError for a
+    CPU what fastest_on_cpu finds. keep_memory: a CPU's freed memory is kept for the next step. Raises InputError for a
     device that is not there, and for fp16 on a CPU."""
     device = choose_device(device)
     if device == "cpu" and amp == "fp16":
-        raise RunError("--amp fp16: takes a CPU many times as long as float32; use bf16, off or auto")
+        raise InputError("--amp fp16: takes a CPU many times as long as float32; use bf16, off or auto")
     if device == "cpu" and keep_memory:
         _keep_freed_memory()
         _limit_memory()
@@ -167,7 +157,7 @@ def new_run(out, name, fold=None):
     """The folder of a run to start: `out`, or runs/NAME, runs/NAME-2, ..., the first that is free. It is not made yet.
 
     With `fold` one fold is to be trained alone: its run may be there, with other folds, but not this one.
-    Raises RunError for a folder that has the run, or this fold of it, already.
+    Raises InputError for a folder that has the run, or this fold of it, already.
     """
     def taken(folder):
         return (folder / f"fold{fold}").exists() if fold is not None else folder.exists()
@@ -177,14 +167,14 @@ def new_run(out, name, fold=None):
         while taken(out):
             out, number = RUNS / f"{name}-{number}", number + 1
     if out.exists() and not out.is_dir():
-        raise RunError(f"--out {out}: is a file; give a folder")
+        raise InputError(f"--out {out}: is a file; give a folder")
     if fold is None and (out / "config.json").is_file():
-        raise RunError(f"--out {out}: holds a run already; give another folder, or --resume to go on with it")
+        raise InputError(f"--out {out}: holds a run already; give another folder, or --resume to go on with it")
     for name in WRITTEN:
         if (out / name).exists() and not (out / "config.json").is_file():
-            raise RunError(f"--out {out}: holds a {name}, which is of no run here; give another folder")
+            raise InputError(f"--out {out}: holds a {name}, which is of no run here; give another folder")
     if fold is not None and taken(out):
-        raise RunError(f"--out {out}: holds fold {fold} already; give another folder, or --resume to go on with it")
+        raise InputError(f"--out {out}: holds fold {fold} already; give another folder, or --resume to go on with it")
     return out
 
 
@@ -192,27 +182,28 @@ def newest_run(file):
     """The run below runs/ whose `file`, its own or one of its folds', was last written."""
     found = sorted([*RUNS.glob(f"*/{file}"), *RUNS.glob(f"*/fold*/{file}")], key=lambda path: path.stat().st_mtime)
     if not found:
-        raise RunError(f"there is no run with a {file} in {RUNS}/; train one (python train.py) or name a run's folder")
+        raise InputError(f"there is no run with a {file} in {RUNS}/; train one (python train.py) or name a run")
     return RUNS / found[-1].relative_to(RUNS).parts[0]
 
 
 def read_config(run):
-    """A run's config.json as dict. Raises RunError."""
-    data.refuse_special(run / "config.json")
+    """A run's config.json as dict. Raises InputError."""
+    manifests.refuse_special(run / "config.json")
     try:
         config = json.loads((run / "config.json").read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunError(f"{run}: has no config.json; is it the folder of a run?") from error
+        raise InputError(f"{run}: has no config.json; is it the folder of a run?") from error
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{run / 'config.json'}: is not JSON") from error
+        raise InputError(f"{run / 'config.json'}: is not JSON") from error
     task = config.get("task") if isinstance(config, dict) else None
     for name, kind in {**CONFIG, **CONFIG_OF.get(task, {})}.items():
         if task not in CONFIG_OF or not isinstance(config.get(name), kind):
-            raise RunError(f"{run / 'config.json'}: is not what train.py writes: it must hold {name}, {kind.__name__}")
+            raise InputError(f"{run / 'config.json'}: is not what train.py writes: it must hold "
+                             f"{name}, {kind.__name__}")
     return config
 
 
-def code_digest(folder=Path(__file__).parent):
+def code_digest(folder=Path(__file__).parents[1]):
     """Eight digits that tell which code computes: of the syntax trees of COMPUTES, so that comments, docstrings and
     layout do not count."""
     trees = [_tree(ast.parse((folder / name).read_text(encoding="utf-8"))) for name in COMPUTES]
@@ -257,9 +248,9 @@ def save_checkpoint(values, file):
 
 
 def load_checkpoint(file, *keys):
-    """What save_checkpoint wrote, a dict that has these keys. Code in the file is never run. Raises RunError."""
+    """What save_checkpoint wrote, a dict that has these keys. Code in the file is never run. Raises InputError."""
     if not file.is_file():
-        raise RunError(f"{file}: no such file; is {file.parent} the folder of a run?")
+        raise InputError(f"{file}: no such file; is {file.parent} the folder of a run?")
     try:
         with zipfile.ZipFile(file) as whole:  # torch does not look at its checksums
             if damaged := whole.testzip():
@@ -268,16 +259,16 @@ def load_checkpoint(file, *keys):
     except Exception as error:  # unpickling and zip errors have no common kind
         if isinstance(error, PermissionError) or process.is_out_of_memory(error):
             raise
-        raise RunError(f"{file}: is not a checkpoint, a file of tensors and plain values "
+        raise InputError(f"{file}: is not a checkpoint, a file of tensors and plain values "
                        f"({process.one_line(error, 100)})") from error
     if not isinstance(values, dict) or not all(key in values for key in keys):
-        raise RunError(f"{file}: is another file's checkpoint; it must hold {', '.join(keys)}")
+        raise InputError(f"{file}: is another file's checkpoint; it must hold {', '.join(keys)}")
     return values
 
 
 def load_best(folder, build, compute, config):
     """The network that the best.pt of a run or a fold holds, made by `build`, in eval mode on the device. Raises
-    RunError, also where the checkpoint is not of the run with this config."""
+    InputError, also where the checkpoint is not of the run with this config."""
     file = folder / "best.pt"
     checkpoint = load_checkpoint(file, "setting", "model")
     same_setting(file, checkpoint, config)
@@ -285,14 +276,14 @@ def load_best(folder, build, compute, config):
         model = build(**checkpoint["setting"])
         model.load_state_dict(checkpoint.pop("model"))
     except (AttributeError, RuntimeError, TypeError) as error:
-        raise RunError(f"{file}: its tensors do not fit its setting") from error
+        raise InputError(f"{file}: its tensors do not fit its setting") from error
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise RunError(f"{file}: has weights that are NaN or infinite; its training has diverged")
+        raise InputError(f"{file}: has weights that are NaN or infinite; its training has diverged")
     return model.to(compute.device, memory_format=torch.channels_last).eval()
 
 
 def same_setting(file, checkpoint, config):
-    """Raises RunError, with the first difference, where a checkpoint is not of the run with this config."""
+    """Raises InputError, with the first difference, where a checkpoint is not of the run with this config."""
     differences = [(name, checkpoint.get(name), config.get(name)) for name in ("classes", "weights_used")
                    if name in checkpoint]
     theirs, ours = checkpoint["setting"], config.get("setting")
@@ -302,13 +293,13 @@ def same_setting(file, checkpoint, config):
         differences.append(("setting", theirs, ours))
     for name, there, here in differences:
         if there != here:
-            raise RunError(f"{file}: is of another run than the config.json: {name} {there}, not {here}")
+            raise InputError(f"{file}: is of another run than the config.json: {name} {there}, not {here}")
 
 
 def fold_folders(run):
-    """{number: folder} of the folds in a run's folder that have a best.pt. Raises RunError if there is none."""
+    """{number: folder} of the folds in a run's folder that have a best.pt. Raises InputError if there is none."""
     folders = {int(path.parent.name[4:]): path.parent for path in run.glob("fold*/best.pt")
                if path.parent.name[4:].isdecimal()}
     if not folders:
-        raise RunError(f"{run}: holds no fold with a best.pt; is it the folder of a classification run?")
+        raise InputError(f"{run}: holds no fold with a best.pt; is it the folder of a classification run?")
     return dict(sorted(folders.items()))

@@ -12,6 +12,8 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
+from running.process import InputError
+
 # of broken files one clear line is said, here, instead of what the decoders print
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="PIL")
@@ -28,10 +30,6 @@ GREY, COLOURED = ("grey",), ("red", "green", "blue")  # channels of files withou
 LARGE = 1 << 26               # pixels; larger images are read and normalised with no copy of their size
 
 
-class DataError(ValueError):
-    """Something about the user's data is wrong; the message is one line that names the file and what would be right."""
-
-
 def read_image(path, channels=("DAPI",), dtype=np.float32):
     """Raw image (C, H, W) of a TIFF, PNG or JPEG file, float32 or, with dtype None, as it is there; and its channels'
     names.
@@ -40,7 +38,7 @@ def read_image(path, channels=("DAPI",), dtype=np.float32):
     from 0. A page without a name of its own is called "0 of 3", by which it is found in files of 3 pages alone. Of
     z-stacks and time series no page is taken by its place. Single pages and pictures are taken whole, 1 channel if
     grey, 3 if coloured (alpha is dropped).
-    Raises DataError.
+    Raises InputError.
     """
     path = Path(path)
     if path.suffix.lower() in TIFF:
@@ -62,7 +60,7 @@ def read_image(path, channels=("DAPI",), dtype=np.float32):
     if len(names) == 1 and len(image) == 3:
         names = COLOURED
     if names in (GREY, COLOURED) and len(channels) > 1:
-        raise DataError(f"{path}: is one page, without stains to take {', '.join(channels)} (--channel) from")
+        raise InputError(f"{path}: is one page, without stains to take {', '.join(channels)} (--channel) from")
     _refuse_not_finite(path, image)
     return image, names                                                                                   # (C, H, W)
 
@@ -70,11 +68,11 @@ def read_image(path, channels=("DAPI",), dtype=np.float32):
 def read_mask(path):
     """Mask (H, W) bool of a PNG or TIFF file: True wherever the stored value is not 0 (labels are fine).
 
-    Of inForm's _binary_seg_maps.tif the page of the compartment Nucleus is taken. Raises DataError.
+    Of inForm's _binary_seg_maps.tif the page of the compartment Nucleus is taken. Raises InputError.
     """
     path = Path(path)
     if path.suffix.lower() in (".jpg", ".jpeg"):
-        raise DataError(f"{path}: a mask must be PNG or TIFF: JPEG blurs its values")
+        raise InputError(f"{path}: a mask must be PNG or TIFF: JPEG blurs its values")
     if path.suffix.lower() in TIFF:
         with _reading(path), tifffile.TiffFile(path) as tiff:
             compartments = [_description(page).get("CompartmentType") for page in tiff.pages]
@@ -83,11 +81,11 @@ def read_mask(path):
                 pages = [tiff.pages[compartments.index("Nucleus")]]
             elif any(compartments):
                 has = ", ".join(filter(None, compartments))
-                raise DataError(f"{path}: no page of compartment Nucleus; it has {has}")
+                raise InputError(f"{path}: no page of compartment Nucleus; it has {has}")
             if len(pages) != 1:
-                raise DataError(f"{path}: holds {len(pages)} pages; a mask must be one, or have one named Nucleus")
+                raise InputError(f"{path}: holds {len(pages)} pages; a mask must be one, or have one named Nucleus")
             if stack := _stack(tiff):
-                raise DataError(f"{path}: {stack}; a mask must be one page")
+                raise InputError(f"{path}: {stack}; a mask must be one page")
             mask = _page_array(path, pages[0], palette_colours=False)
     else:
         mask = decode_picture(path, palette_index=True)
@@ -99,21 +97,21 @@ def read_picture(path):
     """The picture that is classified, uint8 (3, H, W): of an inForm component file its RGB thumbnail (the paper's
     "autofluorescence" image), else a TIFF, PNG or JPEG of one page, grey repeated for the three colours.
 
-    Values that are not 8 bits deep are brought to [0, 255] by the channels' percentiles. Raises DataError.
+    Values that are not 8 bits deep are brought to [0, 255] by the channels' percentiles. Raises InputError.
     """
     path = Path(path)
     if path.suffix.lower() in TIFF:
         with _reading(path), tifffile.TiffFile(path) as tiff:
             pages = [page for page in tiff.pages if _description(page).get("ImageType") == "Thumbnail"] or tiff.pages
             if len(pages) != 1:
-                raise DataError(f"{path}: holds {len(pages)} pages and no RGB thumbnail; a picture to classify is one "
+                raise InputError(f"{path}: holds {len(pages)} pages and no RGB thumbnail; a picture to classify is one "
                                 f"page, or inForm's component file with its thumbnail")
             array = _page_array(path, pages[0])
     else:
         array = decode_picture(path)
     picture = channels_first(array)
     if len(picture) not in (1, 3):
-        raise DataError(f"{path}: has {len(picture)} channels; a picture to classify is grey or RGB")
+        raise InputError(f"{path}: has {len(picture)} channels; a picture to classify is grey or RGB")
     if picture.dtype != np.uint8:
         with np.errstate(over="ignore"):
             picture = picture.astype(np.float32)
@@ -187,39 +185,39 @@ def _percentiles_of_large(channel, percentiles):
 
 
 def channel_names(text):
-    """The value of --channel as names: "DAPI,CD4" -> ("DAPI", "CD4"). Raises DataError if it holds none."""
+    """The value of --channel as names: "DAPI,CD4" -> ("DAPI", "CD4"). Raises InputError if it holds none."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if len({name.lower() for name in names}) < len(names):
-        raise DataError(f"--channel {text!r}: names a page twice")
+        raise InputError(f"--channel {text!r}: names a page twice")
     if not names:
-        raise DataError(f"--channel {text!r}: names no page; give one or more, as in DAPI,CD4")
+        raise InputError(f"--channel {text!r}: names no page; give one or more, as in DAPI,CD4")
     return names
 
 
 def _refuse_too_large(path, height, width, samples=1):
     size = path.stat().st_size
     if height * width * samples > min(MAX_PIXELS, MAX_RATIO * size):
-        raise DataError(f"{path}: claims to be {height}x{width} pixels, with {size} bytes; it is no whole image, or "
+        raise InputError(f"{path}: claims to be {height}x{width} pixels, with {size} bytes; it is no whole image, or "
                         f"must be cut into fields")
 
 
 def _refuse_not_finite(path, array):
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise DataError(f"{path}: holds pixels that are NaN or infinite; write it again with finite values")
+        raise InputError(f"{path}: holds pixels that are NaN or infinite; write it again with finite values")
 
 
 @contextmanager
 def _reading(path):
-    """Turns whatever a decoder raises into a DataError that names the file."""
+    """Turns whatever a decoder raises into a InputError that names the file."""
     if not path.is_file():
-        raise DataError(f"{path}: is a folder, not an image file" if path.is_dir() else f"{path}: no such file")
+        raise InputError(f"{path}: is a folder, not an image file" if path.is_dir() else f"{path}: no such file")
     try:
         yield
-    except (DataError, MemoryError):
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # decoders raise nearly every kind
         detail = " ".join(str(error).split())[:120] or type(error).__name__
-        raise DataError(f"{path}: cannot be read; is it a whole TIFF, PNG or JPEG file? ({detail})") from error
+        raise InputError(f"{path}: cannot be read; is it a whole TIFF, PNG or JPEG file? ({detail})") from error
 
 
 def _description(page):
@@ -237,7 +235,7 @@ def _stain_pages(path, tiff):
     described = [(page, _description(page)) for page in tiff.pages]
     described = [(page, xml) for page, xml in described if xml.get("ImageType", "FullResolution") == "FullResolution"]
     if not described:
-        raise DataError(f"{path}: holds no page at full resolution")
+        raise InputError(f"{path}: holds no page at full resolution")
     size = described[0][0].shape[:2]
     pages = [(page, xml.get("Name")) for page, xml in described if page.shape[:2] == size]
     names = _imagej_labels(tiff) or _ome_names(tiff)
@@ -279,11 +277,11 @@ def _find_page(path, pages, name, stack=""):
     alike = [i for i, found in enumerate(names) if found == name] or \
             [i for i, found in enumerate(names) if (found or "").lower() == name.lower()]
     if stack and len(alike) != 1:
-        raise DataError(f"{path}: {stack}; save a projection, and stains as channels, not as a stack")
+        raise InputError(f"{path}: {stack}; save a projection, and stains as channels, not as a stack")
     place = re.fullmatch(r"(\d+)( of (\d+))?", name)
     if not alike and place:
         if place[3] and int(place[3]) != len(pages):
-            raise DataError(f"{path}: has {len(pages)} pages; page {place[1]} is wanted, of {place[3]} without names: "
+            raise InputError(f"{path}: has {len(pages)} pages; page {place[1]} is wanted, of {place[3]} without names: "
                             f"it may be another stain here; say by --channel which page it is")
         alike = [int(place[1])] if int(place[1]) < len(pages) else []
     if len(alike) == 1:
@@ -292,17 +290,17 @@ def _find_page(path, pages, name, stack=""):
         unique = found and sum((other or "").lower() == found.lower() for other in names) == 1
         return found if unique else f"{alike[0]} of {len(pages)}", page
     if len(alike) > 1:
-        raise DataError(f"{path}: {len(alike)} of its pages are named {name!r} (--channel); give their numbers, "
+        raise InputError(f"{path}: {len(alike)} of its pages are named {name!r} (--channel); give their numbers, "
                         f"{', '.join(map(str, alike))}")
     if any(names):
-        raise DataError(f"{path}: no page named {name!r} (--channel); it has {', '.join(filter(None, names))}")
-    raise DataError(f"{path}: its {len(pages)} pages have no names, so {name!r} (--channel) is not found; "
+        raise InputError(f"{path}: no page named {name!r} (--channel); it has {', '.join(filter(None, names))}")
+    raise InputError(f"{path}: its {len(pages)} pages have no names, so {name!r} (--channel) is not found; "
                     f"give their numbers, 0 to {len(pages) - 1}")
 
 
 def _page_array(path, page, palette_colours=True):
     if page.photometric in (tifffile.PHOTOMETRIC.SEPARATED, tifffile.PHOTOMETRIC.CIELAB):
-        raise DataError(f"{path}: is {page.photometric.name}; save it as grey or RGB")
+        raise InputError(f"{path}: is {page.photometric.name}; save it as grey or RGB")
     _refuse_too_large(path, page.imagelength, page.imagewidth, page.samplesperpixel)
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ValueError(f"a page must be a plane, this one has the axes {page.axes}")
@@ -336,7 +334,7 @@ def _page_by_pillow(path, page):
             picture.seek(page.index)
             array = _pixels(picture)
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: its compression {page.compression.name} needs one more package: "
+        raise InputError(f"{path}: its compression {page.compression.name} needs one more package: "
                         f"pip install imagecodecs") from error
     # values count as they are stored, also where 0 is to be shown white; Pillow has inverted those of 8 bits or less
     return ~array if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.itemsize == 1 else array

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch.export import Dim
 
 import models
-import process
-import runs
+from running import process, runs
+from running.process import InputError
 
 TOLERANCE = 1e-4  # of the largest logit where that is above 1
 
@@ -63,19 +63,19 @@ class Ensemble(nn.Module):
 
 
 def check_file(file):
-    """Raises RunError where no file of this name can be written."""
+    """Raises InputError where no file of this name can be written."""
     if file.suffix not in (".pt2", ".onnx"):
-        raise runs.RunError(f"--export {file}: is to be named .pt2 (PyTorch) or .onnx")
+        raise InputError(f"--export {file}: is to be named .pt2 (PyTorch) or .onnx")
     if not file.absolute().parent.is_dir():
-        raise runs.RunError(f"--export {file}: there is no folder {file.parent}")
+        raise InputError(f"--export {file}: there is no folder {file.parent}")
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if file.suffix == ".onnx" and missing:
-        raise runs.RunError(f"--export {file}: needs {' and '.join(missing)} here: pip install onnx onnxscript "
+        raise InputError(f"--export {file}: needs {' and '.join(missing)} here: pip install onnx onnxscript "
                             "onnxruntime; or export to .pt2")
 
 
 def export_run(run, config, file):
-    """Writes the network of a run, or of all folds in its folder, and says what it takes. Raises RunError."""
+    """Writes the network of a run, or of all folds in its folder, and says what it takes. Raises InputError."""
     check_file(file)
     if config["task"] == "seg":
         own = best(run, models.build_segmenter, config)
@@ -105,7 +105,7 @@ def export_run(run, config, file):
 
 def best(folder, build, config):
     """The network that the best.pt of a run or a fold holds, on the CPU in float32, its BatchNorms folded. Raises
-    RunError."""
+    InputError."""
     model = runs.load_best(folder, build, runs.Compute(torch.device("cpu"), None), config)
     # channels_last weights would make the exporter ask which sizes are 1
     return models.for_inference(model).to(memory_format=torch.contiguous_format)
@@ -114,7 +114,7 @@ def best(folder, build, config):
 @torch.no_grad()
 def write(network, own, example, free, others, file, what):
     """Exports `network` with free sizes {axis: Dim} and compares it with `own` on random images of the `others` shapes:
-    the largest difference of the logits, None where it cannot be run here. Raises RunError; then no file is written."""
+    the largest difference of the logits, None where it cannot be run here. Raises InputError and writes no file."""
     with quiet():
         try:
             program = torch.export.export(network.eval(), (example,), dynamic_shapes=(free,), strict=False)
@@ -124,7 +124,7 @@ def write(network, own, example, free, others, file, what):
         except Exception as error:  # torch's exporters have no common kind
             if process.is_out_of_memory(error):
                 raise
-            raise runs.RunError(f"--export: torch {torch.__version__} cannot export {what} for all sizes "
+            raise InputError(f"--export: torch {torch.__version__} cannot export {what} for all sizes "
                                 f"({process.one_line(error, 200)})") from error
         with process.replacing(file) as handle:
             if file.suffix == ".onnx":
@@ -140,7 +140,7 @@ def write(network, own, example, free, others, file, what):
                 logits, expected = exported(image), own(image)
                 worst = max(worst or 0.0, (logits - expected).abs().max().item())
                 if not worst <= TOLERANCE * max(1, expected.abs().max().item()):
-                    raise runs.RunError(f"--export {file}: not written, for its logits differ from the run's by "
+                    raise InputError(f"--export {file}: not written, for its logits differ from the run's by "
                                         f"{worst:.1e} on an image of {' x '.join(map(str, shape))}")
     return worst
 

@@ -2,7 +2,7 @@
 import statistics
 from pathlib import Path
 
-import settings
+from running import settings
 
 COLUMNS = {"seg": {"iou": "IoU", "mean_image_iou": "mean image IoU", "dice": "Dice", "precision": "precision",
                    "recall": "recall"},

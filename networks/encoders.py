@@ -17,16 +17,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from running.process import InputError
+
 DOWNLOAD_SECONDS = 10  # how long weights="auto" waits for ImageNet weights
 STEM_WIDTH = 32  # channels of level 2 where an encoder begins later
 LEVEL_WIDTHS = (64, 64, 128, 256, 512)  # of maps brought to another level, at most; from fine to coarse, resnet18's
 FREE_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})  # what frees timm's models of one input size
 SIZES = (64, 112, 224, 256, 384, 448)  # sides to try: multiples of common strides and windows
 logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of every weight that features_only leaves out
-
-
-class ModelError(ValueError):
-    """What the user asked of a model cannot be built; the message is one line, fit to be shown."""
 
 
 def create_encoder(name, in_channels, depth, weights):
@@ -191,7 +189,7 @@ def _plan(create, name, in_channels, depth):
                         continue
                 if plan:
                     return plan
-    raise ModelError(f"encoder {name!r} gives no feature maps ({one_line(failed)}); take another timm model")
+    raise InputError(f"encoder {name!r} gives no feature maps ({one_line(failed)}); take another timm model")
 
 
 def _plan_with(create, settings, depth, own_size):
@@ -273,12 +271,12 @@ def _levels(strides, depth):
 def check_name(what, name):
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("resnet*")[:3]
-        raise ModelError(f"{what} {name!r} is not a timm model; near it: {', '.join(near)}")
+        raise InputError(f"{what} {name!r} is not a timm model; near it: {', '.join(near)}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         tags = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
-        raise ModelError(f"{what} {name!r}: timm has no such weights; it has {tags}") from error
+        raise InputError(f"{what} {name!r}: timm has no such weights; it has {tags}") from error
 
 
 def with_weights(network, create, name, weights):
@@ -292,7 +290,7 @@ def with_weights(network, create, name, weights):
     if pretrained is not None:
         return pretrained, "imagenet"
     if weights == "imagenet":
-        raise ModelError(f"ImageNet weights for {name!r} can't be had ({reason}); use --weights none or a file")
+        raise InputError(f"ImageNet weights for {name!r} can't be had ({reason}); use --weights none or a file")
     print(f"WARNING: no ImageNet weights for {name} ({reason}); it starts random", flush=True)
     return network, "none"
 
@@ -330,14 +328,14 @@ def _hub_reachable():
 def _from_file(create, file, names):
     """The network with the weights in `file`: a timm state dict (.pth, .pt: tensors only; or .safetensors)."""
     if not Path(file).is_file():
-        raise ModelError(f"--weights {file}: no such file; give auto, imagenet, none or a file of timm weights")
+        raise InputError(f"--weights {file}: no such file; give auto, imagenet, none or a file of timm weights")
     try:
         state = timm.models.load_state_dict(os.fspath(file), weights_only=True)
         if not {_plain(name) for name in names} & {_plain(name) for name in state}:
             raise ValueError("none of its names is one of the network's")
         return create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state))
     except Exception as error:  # unpickling, safetensors and shape errors have no common kind
-        raise ModelError(f"--weights {file}: not weights for this network ({one_line(error)})") from error
+        raise InputError(f"--weights {file}: not weights for this network ({one_line(error)})") from error
 
 
 def _plain(name):

@@ -9,17 +9,17 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-import data
-import process
-import synthetic
-from reading import IMAGES, DataError, channel_names, channels_first, decode_picture, read_mask, read_picture
+from images import manifests, synthetic
+from images.reading import IMAGES, channel_names, channels_first, decode_picture, read_mask, read_picture
+from running import process
+from running.process import InputError
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
 def write_synthetic(folder, seed=77):
     """Writes the synthetic set: inForm-style TIFFs of eight stains with an RGB thumbnail, masks of nucleus labels, more
     thumbnails without masks, segmentation.csv and classification.csv. The same seed gives the same bytes. Raises
-    DataError."""
+    InputError."""
     folder = Path(folder).resolve()
     _refuse_filled(folder)
     work = folder.with_name(folder.name + ".part")  # renamed when whole, so that an interruption leaves no half set
@@ -56,7 +56,7 @@ def import_dsb2018(source, folder, seed=77):
     source, folder = Path(source), Path(folder)
     fields = sorted(path for path in source.glob("*") if (path / "images").is_dir() and (path / "masks").is_dir())
     if not fields:
-        raise DataError(f"{source}: holds no folders ID/images and ID/masks; give the download's stage1_train")
+        raise InputError(f"{source}: holds no folders ID/images and ID/masks; give the download's stage1_train")
     _refuse_filled(folder)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def import_dsb2018(source, folder, seed=77):
     for field in process.progress(fields, "importing", "field"):
         pictures = sorted((field / "images").glob("*.png"))
         if len(pictures) != 1:
-            raise DataError(f"{field / 'images'}: holds {len(pictures)} PNG files; it must be one")
+            raise InputError(f"{field / 'images'}: holds {len(pictures)} PNG files; it must be one")
         image = channels_first(decode_picture(pictures[0]))                             # (1 or 3, H, W)
         if (image != image[:1]).any() or np.median(image) > 127:
             continue
@@ -72,8 +72,8 @@ def import_dsb2018(source, folder, seed=77):
         for number, path in enumerate(sorted((field / "masks").glob("*.png")), 1):
             mask = read_mask(path)
             if mask.shape != labels.shape:
-                raise DataError(f"{path}: is {data.size_of(mask)} pixels, its image {data.size_of(labels)}; they must "
-                                f"be equal")
+                raise InputError(f"{path}: is {manifests.size_of(mask)} pixels, its image "
+                                 f"{manifests.size_of(labels)}; they must be equal")
             labels[mask] = number
         Image.fromarray(image[0]).save(folder / "images" / f"{field.name}.png")
         Image.fromarray(labels).save(folder / "masks" / f"{field.name}.png")
@@ -97,33 +97,34 @@ def import_dedl_csv(csv_file, images, folder, seed=77, test_csv=None):
     """
     images, folder = Path(images), Path(folder)
     if not images.is_dir():
-        raise DataError(f"{images}: no such folder; give the one that holds the pictures")
+        raise InputError(f"{images}: no such folder; give the one that holds the pictures")
     if (folder / "classification.csv").exists():
-        raise DataError(f"{folder / 'classification.csv'}: is there already; give another folder")
+        raise InputError(f"{folder / 'classification.csv'}: is there already; give another folder")
     names, stems = {}, {}
     for path in sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGES):
         names.setdefault(path.name, []).append(path)
         stems.setdefault(path.stem, []).append(path)
     records, taken = [], set()
     for file, split in ((csv_file, "train"), (test_csv, "test")):
-        for line, row in data.read_csv(Path(file), ("file", "label"), "file,label") if file else ():
+        for line, row in manifests.read_csv(Path(file), ("file", "label"), "file,label") if file else ():
             name = Path((row["file"]).replace("\\", "/")).name
             found = names.get(name) or stems.get(name, [])
             if len(found) != 1:
-                raise DataError(f"{file}, line {line}: {len(found)} images below {images} are named {name!r}; there "
+                raise InputError(f"{file}, line {line}: {len(found)} images below {images} are named {name!r}; there "
                                 f"must be one")
             if not re.fullmatch(r"\s*\[\s*(\d+\s*(,\s*\d+\s*)*)?\]\s*", row["label"]):
-                raise DataError(f"{file}, line {line}: label {row['label']!r} is not a list of numbers like [0, 3]")
+                raise InputError(f"{file}, line {line}: label {row['label']!r} is not a list of numbers like [0, 3]")
             numbers = sorted({int(number) for number in re.findall(r"\d+", row["label"])})
-            if numbers and numbers[-1] >= len(data.PAPER_CLASSES):
-                raise DataError(f"{file}, line {line}: label {row['label']} has a number above "
-                                f"{len(data.PAPER_CLASSES) - 1}; the classes are {', '.join(data.PAPER_CLASSES)}")
+            if numbers and numbers[-1] >= len(manifests.PAPER_CLASSES):
+                raise InputError(f"{file}, line {line}: label {row['label']} has a number above "
+                                 f"{len(manifests.PAPER_CLASSES) - 1}; the classes are "
+                                 f"{', '.join(manifests.PAPER_CLASSES)}")
             if found[0] in taken:
-                raise DataError(f"{file}, line {line}: file {name!r} has a row already; give it one")
+                raise InputError(f"{file}, line {line}: file {name!r} has a row already; give it one")
             taken.add(found[0])
-            labels = tuple(data.PAPER_CLASSES[n] for n in numbers)
-            records.append(data.Record(found[0], split, data.slide_of(found[0]), labels=labels))
-    said = [] if test_csv or len(records) < 2 else [data.move_rows(records, "test", seed)]
+            labels = tuple(manifests.PAPER_CLASSES[n] for n in numbers)
+            records.append(manifests.Record(found[0], split, manifests.slide_of(found[0]), labels=labels))
+    said = [] if test_csv or len(records) < 2 else [manifests.move_rows(records, "test", seed)]
     if not any(record.patient for record in records):
         said.append("no patient is told by the names (SLIDE_[x,y]...): images of one patient may be in train and test")
     for record in process.progress(records, "importing"):
@@ -140,7 +141,7 @@ def import_dedl_csv(csv_file, images, folder, seed=77, test_csv=None):
 
 def _refuse_filled(folder):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder}: is there already; give a new or empty folder")
+        raise InputError(f"{folder}: is there already; give a new or empty folder")
 
 
 def _write_csv(path, columns, rows):
@@ -153,19 +154,19 @@ def check(folder, channels=("DAPI",)):
     """What is in a data folder: (lines that describe it, some of them with a NOTE; a line for each thing that is
     wrong)."""
     folder, lines, problems = Path(folder), [], []
-    for task in [task for task, (file, _) in data.MANIFESTS.items() if (folder / file).is_file()] or ["seg"]:
+    for task in [task for task, (file, _) in manifests.MANIFESTS.items() if (folder / file).is_file()] or ["seg"]:
         _check_task(folder, task, channels, lines, problems)
     return lines, list(dict.fromkeys(problems))
 
 
 def _check_task(folder, task, channels, lines, problems):
     """Adds to lines and problems what a data folder holds for one task."""
-    records, said = data.find_records(folder, problems=problems, task=task, needs_validation=task == "seg")
+    records, said = manifests.find_records(folder, problems=problems, task=task, needs_validation=task == "seg")
     lines += said
-    problems += data.leaks(records)
-    lines += [f"NOTE {line}" for line in data.class_notes(records)]
-    classes, kinds, images = data.class_names(records), {}, {}         # {names of the channels: sizes}, {number: files}
-    for split in data.SPLITS:
+    problems += manifests.leaks(records)
+    lines += [f"NOTE {line}" for line in manifests.class_notes(records)]
+    classes, kinds, images = manifests.class_names(records), {}, {}  # {names of channels: sizes}, {number: files}
+    for split in manifests.SPLITS:
         rows = [record for record in records if record.split == split]
         patients = sorted({record.patient for record in rows if record.patient})
         lines.append(f"{split}: {len(rows)} images" + (f" of {len(patients)} patients" if patients else ""))
@@ -186,17 +187,17 @@ def _check_task(folder, task, channels, lines, problems):
         nuclei = pixels = 0
         for record in process.progress(rows, f"reading {split}"):
             try:
-                field = data.read_field(record, channels) if task == "seg" else None
+                field = manifests.read_field(record, channels) if task == "seg" else None
                 image = field.image if field else read_picture(record.image)
-            except DataError as error:
+            except InputError as error:
                 problems.append(str(error))
                 continue
-            kinds.setdefault(field.channels if field else ("RGB",), set()).add(data.size_of(image))
+            kinds.setdefault(field.channels if field else ("RGB",), set()).add(manifests.size_of(image))
             images.setdefault(len(image), []).append(record.image)
             if image.min() == image.max():
                 problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
             if field:
-                lines += [f"NOTE {line}" for line in data.inverted_masks([field])]
+                lines += [f"NOTE {line}" for line in manifests.inverted_masks([field])]
                 nuclei, pixels = nuclei + int(field.mask.sum()), pixels + field.mask.numel()
                 if not field.mask.any():
                     problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this field?")
@@ -211,8 +212,8 @@ def _check_task(folder, task, channels, lines, problems):
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-def main(argv=None):
-    parser = process.Parser(description=data.__doc__)
+def main(argv=None, description=None):
+    parser = process.Parser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     built_in = commands.add_parser("synthetic", description="Writes the built-in synthetic set to a new folder.")
     built_in.add_argument("out", metavar="OUT", type=Path)

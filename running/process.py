@@ -13,6 +13,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is one line that names the file or flag and says what would be
+    right."""
+
+
 # --------------------------------------------------------------------------------------------------------------- flags
 def number(kind, low, high=10 ** 9):
     """A type for argparse: an int or float from `low` to `high`."""
@@ -62,8 +67,8 @@ def heed_signals():
         raise _asked_to_end
 
 
-def command(main, argv=None, errors=(), memory="take smaller images"):
-    """Runs a script's main. What the user can mend (OSError, `errors`, too little memory: `memory` says what to lower)
+def command(main, argv=None, memory="take smaller images, or --amp bf16"):
+    """Runs a script's main. What one can mend (InputError, OSError, too little memory: `memory` says what to lower)
     ends by fail, an interruption with the line that it carries and the status that shells know; without traceback."""
     def end(number, _):
         global _asked_to_end
@@ -85,7 +90,7 @@ def command(main, argv=None, errors=(), memory="take smaller images"):
         except BaseException:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending; torchrun may ask for that at this very time
             raise
-    except errors as error:
+    except InputError as error:
         fail(one_line(error))
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):

@@ -5,11 +5,11 @@ import math
 import torch
 import torch.nn.functional as F
 
-import data
 import dedl
 import models
-import process
-from runs import RunError
+from images import manifests
+from running import process
+from running.process import InputError
 
 # Fields are predicted by larger tiles than they are trained by, most of them whole: at a tile's border the network sees
 # less. Three networks trained by 256 on DSB2018 all did better so, on validation, than predicted by 256 too.
@@ -197,8 +197,8 @@ def save_probabilities(file, records, classes, probabilities, with_labels=False,
 
 def load_probabilities(file, classes):
     """What save_probabilities wrote with labels: images, probabilities (N, classes), truth (N, classes) bool. Raises
-    RunError."""
-    data.refuse_special(file)
+    InputError."""
+    manifests.refuse_special(file)
     try:
         with open(file, newline="", encoding="utf-8", errors="surrogateescape") as handle:
             header, *rows = csv.reader(handle)
@@ -210,6 +210,6 @@ def load_probabilities(file, classes):
         if not ((probabilities >= 0) & (probabilities <= 1)).all():
             raise ValueError
     except (ValueError, csv.Error) as error:
-        raise RunError(f"{file}: is not what train.py writes for the classes {', '.join(classes)}") from error
+        raise InputError(f"{file}: is not what train.py writes for the classes {', '.join(classes)}") from error
     truth = torch.tensor([[name in row[1].split(";") for name in classes] for row in rows])
     return [row[0] for row in rows], probabilities, truth

@@ -2,9 +2,9 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import data
-import process
-from reading import COLOURED
+from images import reading
+from images.reading import COLOURED
+from running import process
 
 # contours in colours that colour-blind people tell apart (Okabe & Ito)
 CAPTION = 330  # pixels that a picture's column may be widened to for its caption
@@ -55,7 +55,7 @@ def save_labels(records, probabilities, truth, classes, file, most=12, columns=4
     order = np.argsort(-likelihood, kind="stable")
     cells = []
     for i in order[np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)]:
-        picture = Image.fromarray(np.moveaxis(data.read_picture(records[i].image), 0, -1))
+        picture = Image.fromarray(np.moveaxis(reading.read_picture(records[i].image), 0, -1))
         height = min(max(width // 8, round(width * picture.height / picture.width)), 2 * width)  # strips stay legible
         colour = TRUTH if ((probabilities[i] > 0.5) == truth[i]).all() else PREDICTED
         framed = Image.new("RGB", (width, height), colour)
