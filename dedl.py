@@ -42,7 +42,13 @@ import torch.nn.functional as F
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 PUBLISHED_CLASS_WEIGHTS = (0.1479, 0.8521)  # notebooks of the paper: 14.79 % of the private set's pixels are nucleus
-PUBLISHED_PHENOTYPE_WEIGHTS = {"b": 0.9475, "tfh": 0.4934, "tfh217": 0.5029, "tfhl": 0.2, "other": 1.0}
+PUBLISHED_PHENOTYPE_WEIGHTS = {
+    "b": 0.9475,
+    "tfh": 0.4934,
+    "tfh217": 0.5029,
+    "tfhl": 0.2,
+    "other": 1.0,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------- APP
@@ -54,21 +60,32 @@ class ConvAutoencoder(nn.Module):
     forward: both
     """
 
-    def __init__(self, classes=2, channels=16, activation="gelu"):
+    def __init__(self, classes: int = 2, channels: int = 16, activation: str = "gelu"):
         super().__init__()
         act = ACTIVATIONS[activation]
-        self.encoder = nn.Sequential(nn.Conv2d(classes, 16, 4, stride=4), act(),
-                                     nn.Conv2d(16, 32, 3, stride=2, padding=1), act(), nn.Conv2d(32, channels, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1), act(),
-                                     nn.ConvTranspose2d(32, 16, 2, stride=2), act(),
-                                     nn.ConvTranspose2d(16, classes, 4, stride=4))
+        self.encoder = nn.Sequential(
+            nn.Conv2d(classes, 16, 4, stride=4),
+            act(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            act(),
+            nn.Conv2d(32, channels, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            act(),
+            nn.ConvTranspose2d(32, 16, 2, stride=2),
+            act(),
+            nn.ConvTranspose2d(16, classes, 4, stride=4),
+        )
 
     def encode(self, masks):
-        down, right = -masks.shape[-2] % 8, -masks.shape[-1] % 8
-        return self.encoder(F.pad(masks, (0, right, 0, down), mode="replicate"))
+        height, width = masks.shape[-2:]
+        whole = F.pad(masks, (0, -width % 8, 0, -height % 8), mode="replicate")
+        return self.encoder(whole)
 
     def decode(self, embedding, size):
-        return self.decoder(embedding)[..., :size[0], :size[1]]
+        height, width = size
+        return self.decoder(embedding)[..., :height, :width]
 
     def forward(self, masks):
         return self.decode(self.encode(masks), masks.shape[-2:])
@@ -77,32 +94,32 @@ class ConvAutoencoder(nn.Module):
 class RowAutoencoder(nn.Module):
     """The published autoencoder, along the width: 480-15360-256-128-64-32-16-32-64-128-256-480 for width 480.
 
-    An activation follows every layer, the last one too, as in the authors' notebook.
-
-    forward: logits (N, C, H, width) -> logits (N, C, H, width). Other widths keep the published ratio of 32 between
-    the second layer and the first. Raises ValueError for an input of another width.
+    An activation follows every layer, the last one too, as in the authors' notebook. Other widths keep the published
+    ratio of 32 between the second layer and the first.
+    forward: logits (N, C, H, width) -> logits (N, C, H, width)
     """
 
-    def __init__(self, width=480, activation="gelu"):
+    def __init__(self, width: int = 480, activation: str = "gelu"):
         super().__init__()
         sizes = (width, 32 * width, 256, 128, 64, 32, 16, 32, 64, 128, 256, width)
-        layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), ACTIVATIONS[activation]())]
-        self.width = width
+        layers = []
+        for inputs, outputs in zip(sizes, sizes[1:]):
+            layers.append(nn.Linear(inputs, outputs))
+            layers.append(ACTIVATIONS[activation]())
         self.layers = nn.Sequential(*layers)
 
     def forward(self, logits):
-        if logits.shape[-1] != self.width:
-            raise ValueError(f"RowAutoencoder was built for width {self.width}, got {logits.shape[-1]}")
         return self.layers(logits)
 
 
 class ConvAPP(nn.Module):
     """The conv form. forward: logits (N, C, H, W), truth (N, H, W) -> penalty, own (scalars, see the file's head)."""
 
-    def __init__(self, classes=2, activation="gelu"):
+    def __init__(self, classes: int = 2, activation: str = "gelu"):
         super().__init__()
         self.autoencoder = ConvAutoencoder(classes, activation=activation)
-        self.register_buffer("covariance", torch.eye(self.autoencoder.encoder[-1].out_channels))
+        channels = self.autoencoder.encoder[-1].out_channels
+        self.register_buffer("covariance", torch.eye(channels))
 
     def forward(self, logits, truth, class_weights=None):
         classes = torch.arange(logits.shape[1], device=truth.device)[:, None, None]
@@ -113,13 +130,14 @@ class ConvAPP(nn.Module):
         self.autoencoder.requires_grad_(False)  # the gradient passes through E to the logits and stops there
         apart = self.autoencoder.encode(logits.softmax(1)).float() - target            # (N, E, H/8, W/8)
         self.autoencoder.requires_grad_(True)
-        apart = apart.movedim(1, -1)
+        apart = apart.movedim(1, -1)                                                   # (N, H/8, W/8, E)
         with torch.autocast(logits.device.type, enabled=False):
-            return ((apart @ self.precision(target)) * apart).mean(), own
+            penalty = ((apart @ self.precision(target)) * apart).mean()
+        return penalty, own
 
     @torch.no_grad()
     def precision(self, target):
-        """The inverse (E, E) of the covariance, brought up to date with embeddings (N, E, h, w) of true masks."""
+        """Return the inverse (E, E) of the covariance, updated with embeddings (N, E, h, w) of true masks."""
         flat = target.transpose(0, 1).flatten(1)                                       # (E, N h w)
         self.covariance.lerp_(flat.cov(correction=0), 0.1)
         floor = 1e-3 * self.covariance.diagonal().mean().clamp(min=1e-6)
@@ -130,7 +148,7 @@ class ConvAPP(nn.Module):
 class LinearAPP(nn.Module):
     """The linear form. forward: logits (N, C, H, width), truth (N, H, width) -> penalty, own = 0."""
 
-    def __init__(self, width=480, activation="gelu"):
+    def __init__(self, width: int = 480, activation: str = "gelu"):
         super().__init__()
         self.autoencoder = RowAutoencoder(width, activation)
 
@@ -139,25 +157,27 @@ class LinearAPP(nn.Module):
         return penalty, torch.zeros_like(penalty)
 
 
-def build_app(form, width, classes=2, activation="gelu"):
-    """The APP module of `form` ("conv" or "linear"; None for "none") for training tiles `width` pixels wide."""
+def build_app(form: str, width: int, classes: int = 2, activation: str = "gelu") -> nn.Module | None:
+    """Return the APP module of `form` ("conv" or "linear"; None for "none") for training tiles `width` pixels wide."""
     if form == "none":
         return None
     return ConvAPP(classes, activation) if form == "conv" else LinearAPP(width, activation)
 
 
-def app_optimizer(app):
-    """The autoencoder's own optimizer, as published and under every recipe: Adam, 1e-3, constant, no weight decay."""
-    return torch.optim.Adam(app.parameters(), lr=1e-3, fused=next(app.parameters()).device.type != "mps")
+def app_optimizer(app: nn.Module) -> torch.optim.Optimizer:
+    """Return the autoencoder's own optimizer, as published and under every recipe: Adam, 1e-3, constant, no weight
+    decay."""
+    on_mps = next(app.parameters()).device.type == "mps"
+    return torch.optim.Adam(app.parameters(), lr=1e-3, fused=not on_mps)
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
-def cross_entropy(logits, truth, class_weights=None):
-    """F.cross_entropy, the weighted mean, of logits (N, C, H, W) and truth (N, H, W). A GPU sums it in the order in
-    which its threads come; where deterministic algorithms are asked for, the pixels' losses are summed after."""
+def cross_entropy(logits, truth, class_weights=None) -> torch.Tensor:
+    """Return F.cross_entropy, the weighted mean, of logits (N, C, H, W) and truth (N, H, W). A GPU sums it in the order
+    in which its threads come; where deterministic algorithms are asked for, the pixels' losses are summed after."""
     if not torch.are_deterministic_algorithms_enabled():
         return F.cross_entropy(logits, truth, class_weights)
-    loss = F.cross_entropy(logits, truth, class_weights, reduction="none")                   # (N, H, W)
+    loss = F.cross_entropy(logits, truth, class_weights, reduction="none")             # (N, H, W)
     return loss.mean() if class_weights is None else loss.sum() / class_weights[truth].sum()
 
 
@@ -173,21 +193,24 @@ class FocalLoss(nn.Module):
     it an infinite slope, whatever z is. Half-precision logits are taken to float32 first.
     """
 
-    def __init__(self, alpha=1.0, gamma=2.0, class_weights=None):
+    def __init__(self, alpha: float = 1.0, gamma: float = 2.0, class_weights=None):
         super().__init__()
-        self.alpha, self.gamma = alpha, gamma
-        weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
+        self.alpha = alpha
+        self.gamma = gamma
+        weights = torch.ones(1) if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights)
 
     def forward(self, logits, truth):
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)                           # log p, log(1 - p)  (N, C)
-        loss = -truth * torch.exp(self.gamma * no) * yes - (1 - truth) * torch.exp(self.gamma * yes) * no
-        return self.alpha * (loss if self.class_weights is None else loss * self.class_weights).mean()
+        yes = F.logsigmoid(logits)                                                      # log p        (N, C)
+        no = F.logsigmoid(-logits)                                                      # log(1 - p)   (N, C)
+        of_true = -truth * torch.exp(self.gamma * no) * yes
+        of_false = -(1 - truth) * torch.exp(self.gamma * yes) * no
+        return self.alpha * ((of_true + of_false) * self.class_weights).mean()
 
 
-def inverse_frequency_weights(counts):
-    """Class weights in [0.2, 1] from how many training images have each class: 1 / count, brought linearly to
+def inverse_frequency_weights(counts: list[int]) -> list[float]:
+    """Return class weights in [0.2, 1] from how many training images have each class: 1 / count, brought linearly to
     [0.2, 1] (notebooks of the paper). The commonest class gets 0.2, the rarest 1; all 1 if they are equally common.
     A class without an image gets 1 and has no part in the others' weights."""
     inverse = [1 / count for count in counts if count]
@@ -195,78 +218,94 @@ def inverse_frequency_weights(counts):
     return [0.2 + 0.8 * (1 / count - low) / (high - low) if count and high > low else 1.0 for count in counts]
 
 
-def balanced_class_weights(nucleus_fraction):
-    """(background, nucleus) weights of the cross-entropy: each class weighs what the other's share of the pixels is.
+def balanced_class_weights(nucleus_fraction: float) -> tuple[float, float]:
+    """Return (background, nucleus) weights of the cross-entropy: each class weighs what the other's share of the pixels
+    is, in (0, 1).
 
     That is inverse frequency scaled to sum 1. The published 0.1479, 0.8521 are this formula's for the private set.
-    Raises ValueError for a fraction of 0 or 1: one class alone cannot be balanced.
     """
-    if not 0 < nucleus_fraction < 1:
-        raise ValueError(f"class weights need both classes; the share of nucleus pixels is {nucleus_fraction:g}")
     return nucleus_fraction, 1 - nucleus_fraction
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
-def confusion(predicted, truth):
-    """Pixel counts (tp, fp, fn, tn) of a predicted and a true mask (H, W), bool: an int64 tensor (4,)."""
+def confusion(predicted: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Return pixel counts (tp, fp, fn, tn), int64 (4,), of a predicted and a true mask (H, W), bool."""
     tp = (predicted & truth).sum()
-    fp, fn = predicted.sum() - tp, truth.sum() - tp
+    fp = predicted.sum() - tp
+    fn = truth.sum() - tp
     return torch.stack([tp, fp, fn, predicted.numel() - tp - fp - fn])
 
 
-def segmentation_scores(counts):
-    """Scores in [0, 1] of the nucleus class from a table of pixel counts (images, 4): tp, fp, fn, tn.
-
-    All but mean_image_iou pool the pixels of all images, as the paper does: IoU = TP / (TP + FP + FN).
-    mean_image_iou is the mean of the images' own IoUs. Where no nucleus is and none was found, IoU, dice, precision and
-    recall are 1 (an empty field rightly left empty); any other 0 / 0, as the precision of finding nothing, is 0.
-    """
-    counts = torch.as_tensor(counts, dtype=torch.float64).reshape(-1, 4)
-    tp, fp, fn, tn = counts.sum(0)
-    empty = float(tp + fp + fn == 0)
-    return {"iou": _ratio(tp, tp + fp + fn, empty), "dice": _ratio(2 * tp, 2 * tp + fp + fn, empty),
-            "pixel_accuracy": _ratio(tp + tn, tp + fp + fn + tn, empty),
-            "precision": _ratio(tp, tp + fp, empty), "recall": _ratio(tp, tp + fn, empty),
-            "mean_image_iou": sum(map(image_iou, counts)) / max(1, len(counts)), "images": len(counts)}
-
-
-def image_iou(counts):
-    """IoU of one image from its pixel counts (tp, fp, fn, tn); 1 for an empty field left empty."""
+def image_iou(counts) -> float:
+    """Return the IoU, TP / (TP + FP + FN), from pixel counts (tp, fp, fn, tn); 1 for an image rightly left empty."""
     tp, fp, fn, _ = counts
-    return _ratio(tp, tp + fp + fn, 1.0)
+    wanted = tp + fp + fn
+    return float(tp / wanted) if wanted else 1.0
 
 
-def classification_scores(predicted, truth, names):
-    """Scores in [0, 1] of multi-label predictions: predicted and truth (images, C), bool; names of the C classes.
+def segmentation_scores(counts: torch.Tensor) -> dict:
+    """Return scores in [0, 1] of the nucleus class from a table of pixel counts (images, 4): tp, fp, fn, tn.
+
+    All but mean_image_iou pool the pixels of all images, as the paper does. mean_image_iou is the mean of the images'
+    own IoUs. Where no nucleus is and none was found, IoU, dice, precision and recall are 1; any other 0 / 0, as the
+    precision of finding nothing, is 0.
+    """
+    table = torch.as_tensor(counts).reshape(-1, 4).tolist()
+    tp, fp, fn, tn = (sum(column) for column in zip(*table))
+    accuracy = (tp + tn) / (tp + fp + fn + tn)
+    if tp + fp + fn == 0:
+        tp = 1  # rightly left empty
+    return {
+        "iou": tp / (tp + fp + fn),
+        "dice": 2 * tp / (2 * tp + fp + fn),
+        "pixel_accuracy": accuracy,
+        "precision": tp / max(1, tp + fp),
+        "recall": tp / max(1, tp + fn),
+        "mean_image_iou": sum(map(image_iou, table)) / len(table),
+        "images": len(table),
+    }
+
+
+def classification_scores(predicted: torch.Tensor, truth: torch.Tensor, names: list[str]) -> dict:
+    """Return scores in [0, 1] of multi-label predictions: predicted and truth (images, C), bool; names of C classes.
 
     micro pools the decisions of all classes (the published code's "F1" is recall_micro), macro is the mean over all
     classes. 0 / 0 counts as 0, as in scikit-learn: a class without a single image (support 0) has F1 0 and lowers the
     macro scores; f1_macro_present leaves such classes out. subset_accuracy: the share of images whose labels are all
     right. per_class: {name: {precision, recall, f1, support}}.
     """
-    predicted, truth = torch.as_tensor(predicted).bool(), torch.as_tensor(truth).bool()
-    tp = (predicted & truth).sum(0).tolist()                                            # (C,)
-    found, support = predicted.sum(0).tolist(), truth.sum(0).tolist()
+    predicted = torch.as_tensor(predicted).bool()
+    truth = torch.as_tensor(truth).bool()
+    tp = (predicted & truth).sum(0).double()                                            # (C,)
+    found = predicted.sum(0).double()
+    support = truth.sum(0).double()
+    scores = {}
+    for name, score in _precision_recall_f1(tp.sum(), found.sum(), support.sum()).items():
+        scores[f"{name}_micro"] = score.item()
+    of_class = _precision_recall_f1(tp, found, support)                                 # {name: (C,)}
+    for name, values in of_class.items():
+        scores[f"{name}_macro"] = values.mean().item()
+    scores["f1_macro_present"] = (of_class["f1"].sum() / (support > 0).sum().clamp(min=1)).item()
+    scores["subset_accuracy"] = (predicted == truth).all(1).double().mean().item()
+    scores["images"] = len(truth)
+    scores["per_class"] = {}
+    for i, name in enumerate(names):
+        own = {score: values[i].item() for score, values in of_class.items()}
+        scores["per_class"][name] = {**own, "support": int(support[i])}
+    return scores
 
-    def scores(tp, found, support):
-        return {"precision": _ratio(tp, found, 0.0), "recall": _ratio(tp, support, 0.0),
-                "f1": _ratio(2 * tp, found + support, 0.0)}
 
-    def mean(name, classes):
-        return sum(row[name] for row in classes) / max(1, len(classes))
-
-    micro = scores(sum(tp), sum(found), sum(support))
-    per_class = {name: {**scores(*row), "support": row[2]} for name, *row in zip(names, tp, found, support)}
-    rows = list(per_class.values())
-    return {"f1_micro": micro["f1"], "f1_macro": mean("f1", rows), "precision_micro": micro["precision"],
-            "recall_micro": micro["recall"], "precision_macro": mean("precision", rows),
-            "recall_macro": mean("recall", rows), "f1_macro_present": mean("f1", [r for r in rows if r["support"]]),
-            "subset_accuracy": _ratio((predicted == truth).all(1).sum().item(), len(truth), 0.0),
-            "images": len(truth), "per_class": per_class}
+def _precision_recall_f1(tp, found, support):
+    """Precision, recall and F1 from counts of right, found and true labels; 0 / 0 is 0."""
+    return {
+        "precision": tp / found.clamp(min=1),
+        "recall": tp / support.clamp(min=1),
+        "f1": 2 * tp / (found + support).clamp(min=1),
+    }
 
 
-def best_thresholds(probabilities, truth):
-    """The threshold of each class, in (0, 1), with the best F1 of that class: probabilities and truth (images, C).
+def best_thresholds(probabilities: torch.Tensor, truth: torch.Tensor) -> list[float]:
+    """Return the threshold of each class, in (0, 1), with the best F1 of that class: probabilities, truth (images, C).
 
     Tried are the middles between neighbouring probabilities; of equally good ones the nearest to 0.5 is taken. A class
     without a single image, or in all images, keeps 0.5. Choose them on images that neither trained the network nor
@@ -275,14 +314,11 @@ def best_thresholds(probabilities, truth):
     thresholds = []
     for p, y in zip(probabilities.double().T, truth.bool().T):
         values = p.unique()                                                             # sorted
-        tried = torch.cat([torch.tensor([0.5], dtype=torch.double), (values[1:] + values[:-1]) / 2])
-        found = p[None] > tried[:, None]                                                # (thresholds, images)
-        f1 = 2 * (found & y).sum(1) / (found.sum(1) + y.sum()).clamp(min=1)
+        middles = (values[1:] + values[:-1]) / 2
+        tried = torch.cat([torch.tensor([0.5]), middles])
+        found = p > tried[:, None]                                                      # (thresholds, images)
+        f1 = _precision_recall_f1((found & y).sum(1), found.sum(1), y.sum())["f1"]
         best = tried[f1 >= f1.max() - 1e-12]
-        chosen = best[(best - 0.5).abs().argmin()].item()
-        thresholds.append(chosen if 0 < y.sum() < len(y) else 0.5)
+        nearest = best[(best - 0.5).abs().argmin()].item()
+        thresholds.append(nearest if 0 < y.sum() < len(y) else 0.5)
     return thresholds
-
-
-def _ratio(part, whole, otherwise):
-    return float(part / whole) if whole > 0 else otherwise

@@ -13,6 +13,7 @@ import harness
 
 import dedl
 import models
+from networks import fast
 from running import runs
 
 FORMS = ("none", "conv", "linear")
@@ -38,7 +39,7 @@ def main(argv=None):
         training[form] = step
     seconds = harness.in_turn(training, args.rounds, compute.device)
     for form in FORMS:
-        folded = models.for_inference(sides[form][0])
+        folded = fast.for_inference(sides[form][0])
 
         def infer(folded=folded):
             with harness.torch.inference_mode(), compute.autocast():
@@ -63,9 +64,7 @@ def main(argv=None):
 def side(form, args, compute):
     """Network, APP module and their optimizers, of a training with this form."""
     harness.torch.manual_seed(0)
-    model = models.build_segmenter(args.arch, args.encoder, depth=args.depth,
-                                   decoder_channels=models.default_decoder_channels(args.depth))
-    model = model.to(compute.device, memory_format=harness.torch.channels_last)
+    model = harness.our_network(args.arch, args.encoder, args.depth, compute)
     app = dedl.build_app(form, args.tile)
     app = app.to(compute.device) if app else None
     optimizers = [harness.torch.optim.AdamW(model.parameters(), lr=1e-4, fused=compute.device.type != "mps"),

@@ -1,15 +1,15 @@
-"""Training epochs of train.py against the published recipe, in fields a second: reading, augmentation, network, APP,
+"""Training epochs of train.py against the published recipe, in images a second: reading, augmentation, network, APP,
 loss and optimizer, everything but the validation.
 
     python benchmarks/epoch.py                           on dsb2018 in ../shared/data, or on the built-in synthetic set
     python benchmarks/epoch.py --data DIR --limit 64 --device cuda
 
 The published recipe, as its notebooks have it: segmentation_models_pytorch's U-Net with scSE in contiguous layout;
-fields padded to multiples of 480 and cut into tiles of 480, kept as .npy files that are read for each epoch; PIL
+images padded to multiples of 480 and cut into tiles of 480, kept as .npy files that are read for each epoch; PIL
 transforms (rotation, flips), image by image; cross-entropy summed over pixels, Adam, a loss.item() at every step; its
-APP, a row-wise Linear autoencoder with an Adam of its own. It is also run with tiles as large as ours, since a field of
-256 x 256 is one tile of 256, or one of 480 that is mostly padding. Here: train.py's loop with --recipe short --depth 3.
-The notebooks train in float32, which --amp off gives both sides.
+APP, a row-wise Linear autoencoder with an Adam of its own. It is also run with tiles as large as ours, since an image
+of 256 x 256 is one tile of 256, or one of 480 that is mostly padding. Here: train.py's loop with --recipe short --depth
+3. The notebooks train in float32, which --amp off gives both sides.
 """
 import math
 import statistics
@@ -19,7 +19,6 @@ from pathlib import Path
 import harness
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -35,7 +34,7 @@ from running import runs
 def main(argv=None):
     parser = harness.parser(__doc__, rounds=3)
     parser.add_argument("--data", type=Path, help="data folder")
-    parser.add_argument("--limit", type=int, default=24, help="training fields an epoch [%(default)s]")
+    parser.add_argument("--limit", type=int, default=24, help="training images an epoch [%(default)s]")
     parser.add_argument("--published-tile", type=int, default=480, help="tiles of the published recipe [480]")
     parser.add_argument("--workers", type=int, default=0, help="loader processes of both sides [0]")
     args = parser.parse_args(argv)
@@ -60,10 +59,10 @@ def main(argv=None):
         gains = [f"{harness.ratio(seconds, other, name):.1f}x" for other in against] if name.startswith("ours") else []
         rows.append([name, tiles_of[name], f"{len(fields) / statistics.median(seconds[name]):.2f}",
                      *(gains or [""] * len(against))])
-    print(f"{len(fields)} training fields of {folder.name}, depth {args.depth}, batch {args.batch}, median of "
+    print(f"{len(fields)} training images of {folder.name}, depth {args.depth}, batch {args.batch}, median of "
           f"{args.rounds} epochs. Ours: tiles of {args.tile}\n")
     columns = [f"against tiles of {tile}" for tile in dict.fromkeys((args.tile, args.published_tile))]
-    harness.table(["", "tiles an epoch", "fields/s", *columns], rows)
+    harness.table(["", "tiles an epoch", "images/s", *columns], rows)
 
 
 def ours(fields, app, args, compute):
@@ -71,27 +70,17 @@ def ours(fields, app, args, compute):
     flags = dict(recipe="short", depth=args.depth, tile=args.tile, app=app, batch_size=args.batch,
                  workers=args.workers, epochs=100, steps=0)
     settings = train.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in flags.items()])
-    setting = dict(in_channels=len(fields[0].image), depth=args.depth,
-                   decoder_channels=models.default_decoder_channels(args.depth))
-    model = models.build_segmenter(**setting).to(compute.device, memory_format=torch.channels_last)
-    penalty = dedl.build_app(app, args.tile)
-    penalty = penalty.to(compute.device) if penalty else None
-    parts = {"model": model, "optimizer": train.make_optimizer(model.parameters(), settings, compute),
-             "scaler": compute.scaler()}
-    if penalty:
-        parts |= {"app": penalty, "app_optimizer": dedl.app_optimizer(penalty)}
+    model = models.build_segmenter(in_channels=len(fields[0].image), depth=args.depth,
+                                   decoder_channels=models.default_decoder_channels(args.depth))
+    module = dedl.build_app(app, args.tile)
+    parts = train.make_parts(model, module, settings, compute)
+    losses_of = train.segmentation_losses(module, torch.ones(2, device=compute.device), settings)
     crops = data.Crops(fields, args.tile)
 
-    def losses_of(logits, truth):
-        loss = F.cross_entropy(logits, truth)
-        if penalty:
-            distance, own = penalty(logits, truth)
-            loss = loss + distance + own
-        return loss, loss
-
     def epoch():
-        loader = train.make_loader(crops, settings, compute, crops.epoch + 1)
-        train.train_epoch(parts, loader, losses_of, compute, crops.epoch, settings)
+        state = {"epoch": crops.epoch}
+        loader = train.make_loader(crops, len(crops), settings, compute, state)
+        train.train_epoch(parts, loader, losses_of, compute, state, settings)
     return epoch, len(crops)
 
 
@@ -103,10 +92,10 @@ class PublishedTiles(Dataset):
         folder.mkdir(exist_ok=True)
         self.files = []
         for number, field in enumerate(fields):
-            height, width = (math.ceil(size / tile) * tile for size in field.mask.shape)
+            height, width = (math.ceil(size / tile) * tile for size in field.shape)
             image, mask = np.zeros((height, width), np.float32), np.zeros((height, width), np.uint8)
-            image[:field.mask.shape[0], :field.mask.shape[1]] = field.image[0]
-            mask[:field.mask.shape[0], :field.mask.shape[1]] = field.mask * 255
+            image[:field.shape[0], :field.shape[1]] = field.window()[0]
+            mask[:field.shape[0], :field.shape[1]] = field.mask * 255
             for y in range(0, height, tile):
                 for x in range(0, width, tile):
                     self.files.append([folder / f"{kind}_{number}_{y}_{x}.npy" for kind in ("image", "mask")])

@@ -14,7 +14,8 @@ import timm
 import torch
 
 import models
-from networks import encoders
+from networks.encoders import Pyramid, Windows
+from running.process import one_line
 
 ENCODERS = """
 beit_base_patch16_224 halonet_h1 test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_1024_20_ks9_p14
@@ -57,16 +58,15 @@ def row(name, args, compute, worked):
         gc.collect()
         try:
             if side == "ours":
-                model = models.build_segmenter(args.arch, name, depth=args.depth,
-                                               decoder_channels=models.default_decoder_channels(args.depth))
-                found[:3] = family(name), ", ".join(map(str, strides(model.encoder))), how(model.encoder, args.depth)
+                model = harness.our_network(args.arch, name, args.depth, compute)
+                found[:3] = family(name), ", ".join(map(str, strides(model.encoder))), how(model.encoder)
                 found[3] = f"{step_time(model, args, compute) * 1000:.0f} ms"
             else:
                 step_time(harness.reference(args.arch, name, args.depth), args, compute)
             said.append("ok")
             worked[side] += 1
         except Exception as error:  # whatever it is, it is what the table is to show
-            said.append(encoders.one_line(error)[:60].replace("|", "/"))
+            said.append(one_line(error)[:60].replace("|", "/"))
     return [f"`{name}`", *found, *said]
 
 
@@ -85,26 +85,17 @@ def family(name):
 
 
 def strides(encoder):
-    return sorted({info["reduction"] for info in getattr(encoder, "network", encoder).feature_info.info})
+    pyramid = getattr(encoder, "pyramid", encoder)
+    network = getattr(pyramid, "network", pyramid)
+    return sorted({info["reduction"] for info in network.feature_info.info})
 
 
-def how(encoder, depth):
-    if not isinstance(encoder, encoders.Pyramid):
-        return "as it is"
-    plan, said = encoder.plan, []
-    if encoder.colours:
-        said.append("three colours")
-    if encoder.stem:
-        said.append("stem")
-    if any(len(list(layer.children())) for layer in encoder.layers):
-        said.append("resampled")
-    if plan.window:
-        said.append(f"windows of {plan.window}")
-    elif 2 ** depth % plan.multiple:
-        said.append(f"multiple of {plan.multiple}")
-    if plan.minimum > max(16, plan.multiple):
-        said.append(f"at least {plan.minimum}")
-    return ", ".join(said) or "selected, cropped"
+def how(encoder):
+    if isinstance(encoder, Windows):
+        return f"windows of {encoder.size}"
+    if isinstance(encoder, Pyramid):
+        return f"resized, multiples of {encoder.multiple}"
+    return "as it is"
 
 
 def other_families(names):
@@ -119,7 +110,7 @@ def other_families(names):
                 timm.create_model(families[other][0], features_only=True)
             print(f"- {other}: gives features, but is not in the list: {', '.join(families[other][:5])}")
         except Exception as error:
-            print(f"- {other}: gives no features ({encoders.one_line(error)})")
+            print(f"- {other}: gives no features ({one_line(error)})")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ import torch.nn.functional as F  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import models  # noqa: E402
-from running import runs  # noqa: E402
+from networks import fast  # noqa: E402
+from running import process  # noqa: E402, F401
+from running.compute import Compute, choose_compute, cpu_has_bf16, devices  # noqa: E402
 from running.process import InputError  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data" / "dsb2018"
@@ -45,14 +47,15 @@ def parser(description, **defaults):
 
 
 def start(args, quiet=False):
-    """runs.Compute for the flags; prints the command and the machine. Sets args.amp to what auto chose."""
+    """Return the Compute for the flags; print the command and the machine. Sets what auto chose in args."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.device = runs.choose_device(args.device)
+    if args.device == "auto":
+        args.device = devices()[0]
     if args.device == "cpu" and args.amp == "auto":
-        runs.choose_compute("cpu", "off", keep_memory=not args.plain_memory)
+        choose_compute("cpu", "off", keep_memory=not args.plain_memory)
         args.amp = fastest_of_reference(args)
-    compute = runs.choose_compute(args.device, args.amp, keep_memory=not args.plain_memory)
+    compute = choose_compute(args.device, args.amp, keep_memory=not args.plain_memory)
     if not quiet:
         print(f"`python {' '.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])}`: {machine(compute)}\n", flush=True)
     return compute
@@ -60,11 +63,11 @@ def start(args, quiet=False):
 
 def fastest_of_reference(args):
     """"bf16" or "off", in which the reference's U-Net trains faster on this CPU: so a comparison flatters no side."""
-    if not runs.cpu_has_bf16():
+    if not cpu_has_bf16():
         return "off"
     model, sides = reference("unet", depth=args.depth).to(memory_format=torch.channels_last).train(), {}
     for amp, dtype in (("off", None), ("bf16", torch.bfloat16)):
-        compute = runs.Compute(torch.device("cpu"), dtype)
+        compute = Compute(torch.device("cpu"), dtype)
         sides[amp] = partial(training_step, model, *batch(args, compute), compute)
     seconds = in_turn(sides, 3, torch.device("cpu"), warmup=1)
     return min(seconds, key=lambda amp: statistics.median(seconds[amp]))
@@ -80,7 +83,8 @@ def machine(compute):
         has = [name for name, test in (("AVX512-BF16", "_is_avx512_bf16_supported"), ("AMX", "_is_amx_tile_supported"))
                if getattr(torch.cpu, test, bool)()]
         name = f"{torch.get_num_threads()} threads of {' with '.join([*(found or [platform.machine()])[:1], *has])}"
-    return f"{name}, {compute.precision()}, torch {torch.__version__}"
+    precision = str(compute.amp_dtype or torch.float32).removeprefix("torch.")
+    return f"{name}, {precision}, torch {torch.__version__}"
 
 
 def wait(device):
@@ -118,19 +122,26 @@ def table(header, rows):
 
 
 def pair(arch, encoder, depth, compute):
-    """segmentation_models_pytorch's network and ours, with the same weights, on the device in channels_last."""
+    """Return segmentation_models_pytorch's network and ours, with the same weights, on the device in channels_last."""
     theirs = reference(arch, encoder, depth)
-    ours = models.build_segmenter(arch, encoder, depth=depth, decoder_channels=models.default_decoder_channels(depth))
+    ours = our_network(arch, encoder, depth, compute)
     models.load_smp(ours, theirs.state_dict())
-    return [m.to(compute.device, memory_format=torch.channels_last) for m in (theirs, ours)]
+    return theirs.to(compute.device, memory_format=torch.channels_last), ours
+
+
+def our_network(arch, encoder, depth, compute, in_channels=1):
+    """Return our network as train.py trains it, on the device in channels_last."""
+    channels = models.default_decoder_channels(depth)
+    model = models.build_segmenter(arch, encoder, in_channels, depth=depth, decoder_channels=channels)
+    return fast.speed_up(model.to(compute.device, memory_format=torch.channels_last))
 
 
 def reference(arch, encoder="resnet18", depth=3):
     try:
         import segmentation_models_pytorch as smp
     except ImportError as error:
-        raise InputError("the benchmarks compare with segmentation-models-pytorch: "
-                            "pip install -r tests/requirements.txt") from error
+        raise InputError("the benchmarks compare with segmentation-models-pytorch: pip install -r "
+                         "tests/requirements.txt") from error
     known = encoder in smp.encoders.encoders
     return {"unet": smp.Unet, "unetpp": smp.UnetPlusPlus}[arch](
         encoder if known else f"tu-{encoder}", encoder_weights=None, encoder_depth=depth, in_channels=1, classes=2,

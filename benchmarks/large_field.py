@@ -1,8 +1,8 @@
-"""Memory and time that test.py takes for one large field.
+"""Memory and time that test.py takes for one large image.
 
     python benchmarks/large_field.py RUN [--side 20000] [--kind uint8|uint16|float32] [--tta] [--probabilities]
 
-Fields of the run's data, put side by side in a single-page TIFF in a temporary folder (deflate; float32 uncompressed),
+Images of the run's data, put side by side in a single-page TIFF in a temporary folder (deflate; float32 uncompressed),
 are predicted by `python test.py RUN --images`, in a process of its own, whose largest resident memory is shown.
 """
 import resource
@@ -19,9 +19,10 @@ import tifffile
 
 from images import manifests, reading
 from running import runs
+from running.compute import choose_compute
 
 
-def main():
+def main(argv=None):
     parser = harness.argparse.ArgumentParser(description=__doc__,
                                              formatter_class=harness.argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -30,10 +31,10 @@ def main():
     add("--kind", choices=["uint8", "uint16", "float32"], default="uint8", help="of its pixels [%(default)s]")
     add("--tta", action="store_true")
     add("--probabilities", action="store_true", help="write the probability map too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     config = runs.read_config(args.run)
     records, _ = manifests.find_records(config["data"], config["seed"])
-    images = [reading.read_image(record.image, dtype=None)[0][0] for record in records[:200]]
+    images = [reading.read_image(record.image)[0][0] for record in records[:200]]
     side = min(min(image.shape) for image in images)
     rng = np.random.default_rng(0)
     field = np.empty((args.side, args.side), args.kind)
@@ -54,9 +55,9 @@ def main():
         print((folder / "run" / "predictions" / "predictions.csv").read_text())
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
     print(f"`python {' '.join(['benchmarks/large_field.py', args.run.name, *sys.argv[2:]])}`: "
-          f"{harness.machine(runs.choose_compute('auto', 'auto'))}\n"
+          f"{harness.machine(choose_compute())}\n"
           f"{args.side} x {args.side} {args.kind}: at most {peak:.2f} GiB of memory, {seconds / 60:.1f} min")
 
 
 if __name__ == "__main__":
-    main()
+    harness.process.command(main)

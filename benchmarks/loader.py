@@ -1,4 +1,4 @@
-"""How fast the loader makes augmented tiles, how fast the network takes them, and what inForm's large fields cost.
+"""How fast the loader makes augmented tiles, how fast the network takes them, and what inForm's large images cost.
 
     python benchmarks/loader.py                        on dsb2018 in ../shared/data, or on the built-in synthetic set
     python benchmarks/loader.py --data DIR --workers 4
@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import DataLoader
 
 import data
-import models
 from images import manifests, reading, synthetic
 from running import runs
 
@@ -22,24 +21,23 @@ from running import runs
 def main(argv=None):
     parser = harness.parser(__doc__)
     parser.add_argument("--data", type=Path, help="data folder")
-    parser.add_argument("--component", type=Path, metavar="FILE", help="a component_data.tif [one of synthetic fields]")
+    parser.add_argument("--component", type=Path, metavar="FILE", help="a component_data.tif [one of synthetic images]")
     parser.add_argument("--workers", type=int, default=0, help="loader processes [0]")
     args = parser.parse_args(argv)
     compute = harness.start(args)
     folder = args.data or (harness.DATA if harness.DATA.is_dir() else runs.synthetic_folder())
     rows = []
 
-    # 1. small fields: read once, then cropped and augmented
+    # 1. small images: read once, then cropped and augmented
     train = [record for record in manifests.find_records(folder)[0] if record.split == "train"]
     started = time.perf_counter()
     fields = data.read_fields(train)
-    rows.append([f"reading {len(fields)} fields of {folder.name}, once", f"{time.perf_counter() - started:.2f} s", ""])
+    rows.append([f"reading {len(fields)} images of {folder.name}, once", f"{time.perf_counter() - started:.2f} s", ""])
     crops = data.Crops(fields, args.tile)
-    model = models.build_segmenter(in_channels=len(fields[0].image), depth=args.depth,
-                                   decoder_channels=models.default_decoder_channels(args.depth)).train()
-    model = model.to(compute.device, memory_format=torch.channels_last)
+    channels = len(fields[0].image)
+    model = harness.our_network("unet", "resnet18", args.depth, compute, channels).train()
     images, truth = harness.batch(args, compute)
-    images = images.expand(-1, len(fields[0].image), -1, -1)
+    images = images.expand(-1, channels, -1, -1)
 
     def load(crops):
         crops.epoch += 1
@@ -58,24 +56,23 @@ def main(argv=None):
     # 2. a component file of full size, 1408 x 1876
     with tempfile.TemporaryDirectory() as temporary:
         file = args.component or Path(temporary) / "S_[1,2]_component_data.tif"
-        if not args.component:  # synthetic fields side by side; their zlib decodes faster than inForm's LZW
+        if not args.component:  # synthetic images side by side; their zlib decodes faster than inForm's LZW
             stains, _, _ = synthetic.draw_field(np.random.default_rng(0), np.random.default_rng(1))
             synthetic.write_inform(file, "S", {name: np.tile(stain, (9, 9))[:1408, :1876]
                                                for name, stain in stains.items()})
         decoded = harness.in_turn({"": lambda: reading.read_image(file)}, args.rounds, compute.device)[""]
         image = reading.read_image(file)[0]
-        normalised = harness.in_turn({"": lambda: reading.normalise(image)}, args.rounds, compute.device)[""]
-        field = manifests.Field(None, torch.from_numpy(reading.normalise(image)), torch.from_numpy(image[0] > 1),
-                                ("DAPI",))
+        found = harness.in_turn({"": lambda: reading.find_limits(image)}, args.rounds, compute.device)[""]
+        field = manifests.Field(None, image, torch.from_numpy(image[0] > 1), ("DAPI",), reading.find_limits(image))
         size = f"{image.shape[1]} x {image.shape[2]}, {file.stat().st_size / 2 ** 20:.0f} MB"
         rows.append([f"component_data.tif of {size}: DAPI decoded",
                      f"{statistics.median(decoded) * 1000:.0f} ms", "once a run"])
-        rows.append(["percentiles and normalisation", f"{statistics.median(normalised) * 1000:.0f} ms", "once a run"])
+        rows.append(["its percentiles", f"{statistics.median(found) * 1000:.0f} ms", "once a run"])
         for tile in sorted({args.tile, 480}):
             crops = data.Crops([field] * 4, tile)
             seconds = harness.in_turn({"": lambda crops=crops: load(crops)}, 3, compute.device)[""]
             rate = len(crops) / statistics.median(seconds)
-            rows.append([f"tiles of {tile} from such fields", f"{rate:.0f} tiles/s", ""])
+            rows.append([f"tiles of {tile} from such images", f"{rate:.0f} tiles/s", ""])
     print(f"Loader alone, {args.workers} workers, batch {args.batch}; U-Net/resnet18 of depth {args.depth}; median of "
           f"{args.rounds} rounds\n")
     harness.table(["what", "cost", "beside the network"], rows)

@@ -5,8 +5,8 @@ precision and memory layout (channels_last).
     python benchmarks/model.py --compile           the training step with torch.compile too (minutes of compiling)
     python benchmarks/model.py --device cuda
 
-"of peak": the network's multiplications and additions, as the plain form has them, over the time, as a share of what a
-4096 x 4096 x 4096 matrix product of this precision reaches on the same device. Our sub-pixel form does fewer.
+"of peak": the network's multiplications and additions, as the textbook form has them, over the time, as a share of what
+a 4096 x 4096 x 4096 matrix product of this precision reaches on the same device. Our sub-pixel form does fewer.
 """
 import statistics
 
@@ -14,7 +14,7 @@ import harness
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import models
+from networks import fast
 
 NAMES = {"unet": "U-Net", "unetpp": "U-Net++"}
 
@@ -51,15 +51,15 @@ def main(argv=None):
         pairs = [("reference", "ours")]
         if args.compile:
             pairs += [("reference", "ours compiled"), ("reference compiled", "ours compiled")]
-        for slow, fast in pairs:
-            rows.append(row(arch, f"training step, {slow} : {fast}", seconds, slow, fast, training_flops / peak))
+        for one, other in pairs:
+            rows.append(row(arch, f"training step, {one} : {other}", seconds, one, other, training_flops / peak))
 
         # 2. inference
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             theirs.eval()(images[:, :, :64, :64])
         scale = images[0, 0].numel() / 64 ** 2
-        fast = models.for_inference(ours)
-        assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in fast.modules())
+        folded = fast.for_inference(ours)
+        assert not folded.not_folded
 
         @torch.inference_mode()
         def predict(model):
@@ -67,7 +67,7 @@ def main(argv=None):
                 model(images)
 
         seconds = harness.in_turn({name: lambda model=model: predict(model) for name, model in
-                                   (("reference", theirs.eval()), ("ours", fast))}, args.rounds, compute.device)
+                                   (("reference", theirs.eval()), ("ours", folded))}, args.rounds, compute.device)
         rows.append(row(arch, "inference, ours with BatchNorm folded", seconds, "reference", "ours",
                         counter.get_total_flops() * scale / peak))
 
@@ -89,9 +89,9 @@ def main(argv=None):
     harness.table(["network", "what", "reference", "ours", "gain", "of peak"], rows)
 
 
-def row(arch, what, seconds, slow, fast, seconds_at_peak):
-    medians = [statistics.median(seconds[name]) for name in (slow, fast)]
-    return [NAMES[arch], what, *(f"{m * 1000:.0f} ms" for m in medians), f"{harness.ratio(seconds, slow, fast):.2f}x",
+def row(arch, what, seconds, one, other, seconds_at_peak):
+    medians = [statistics.median(seconds[name]) for name in (one, other)]
+    return [NAMES[arch], what, *(f"{m * 1000:.0f} ms" for m in medians), f"{harness.ratio(seconds, one, other):.2f}x",
             " : ".join(f"{seconds_at_peak / m:.0%}" for m in medians)]
 
 

@@ -1,66 +1,80 @@
-"""The parts of a decoder in their fast forms (blocks.py) against their plain ones: forward and backward pass of each,
-at the sizes that it has in U-Net/resnet18 of depth 3.
+"""The parts of a decoder in their fast forms (networks/fast.py) against the textbook ones (models.py): forward and
+backward pass of each, at the sizes that it has in U-Net/resnet18 of depth 3.
 
     python benchmarks/parts.py
 """
+import copy
 import statistics
+from functools import partial
 
 import harness
 import torch
 import torch.nn.functional as F
 
-from networks import blocks
+import models
+from networks import fast
 
 
 def main(argv=None):
     args = harness.parser(__doc__).parse_args(argv)
     compute = harness.start(args)
     rows = []
-    for what, (fast, plain, inputs) in cases(args, compute).items():
-        seconds = harness.in_turn({"plain": lambda plain=plain, inputs=inputs: step(plain, inputs, compute),
-                                   "fast": lambda fast=fast, inputs=inputs: step(fast, inputs, compute)},
-                                  args.rounds, compute.device)
-        rows.append([what, *(f"{statistics.median(seconds[side]) * 1000:.0f} ms" for side in ("plain", "fast")),
-                     f"{harness.ratio(seconds, 'plain', 'fast'):.1f}x"])
+    for what, maps, *forms in cases(args, compute):
+        sides = {}
+        for side, (function, weights) in zip(("textbook", "fast"), forms):
+            sides[side] = partial(step, function, maps, weights, compute)
+        seconds = harness.in_turn(sides, args.rounds, compute.device)
+        times = [f"{statistics.median(seconds[side]) * 1000:.0f} ms" for side in sides]
+        rows.append([what, *times, f"{harness.ratio(seconds, 'textbook', 'fast'):.1f}x"])
     print(f"Forward and backward pass, batch {args.batch}, tiles of {args.tile}, median of {args.rounds} rounds\n")
-    harness.table(["block", "plain", "fast", "gain"], rows)
+    harness.table(["part", "textbook", "fast", "gain"], rows)
 
 
-def step(function, inputs, compute):
+def step(function, maps, weights, compute):
     with compute.autocast():
-        result = function()
-    torch.autograd.grad(result, inputs, torch.ones_like(result))
+        result = function(*maps)
+    torch.autograd.grad(result, [*maps, *weights], torch.ones_like(result))
 
 
 def cases(args, compute):
-    """{what: (fast form, plain form, what they are differentiated by)}"""
-    def random(*shape):
-        made = torch.randn(*shape, device=compute.device).to(memory_format=torch.channels_last) / 8
-        return made.to(compute.amp_dtype or torch.float32).requires_grad_()
-
+    """Yield (what, maps, textbook, fast), each form a function of the maps and its weights."""
     half, full = args.tile // 2, args.tile
-    x, skip, low = random(args.batch, 256, half // 2, half // 2), random(args.batch, 64, half, half), \
-        random(args.batch, 128, half, half)
-    last, kernel = random(args.batch, 64, full, full), random(128, 320, 3, 3).detach().float().requires_grad_()
-    upsampling = random(64, 128, 3, 3).detach().float().requires_grad_()
-    join, gate, final = (blocks.SCSE(channels).to(compute.device) for channels in (320, 128, 64))
-    head = torch.nn.Conv2d(64, 2, 3, padding=1).to(compute.device, memory_format=torch.channels_last)
+    coarse = random_map(256, half // 2, args, compute)
+    skip = random_map(64, half, args, compute)
+    middle = random_map(128, half, args, compute)
+    last = random_map(64, full, args, compute)
 
-    def plain_join():
-        return F.conv2d(join.plain(torch.cat([F.interpolate(x, scale_factor=2), skip], 1)), kernel, padding=1)
+    for channels, side, v in ((128, half, middle), (64, full, last)):
+        plain = models.SCSE(channels).to(compute.device)
+        quick = fast.speed_up(copy.deepcopy(plain))
+        yield (f"gate of {channels} channels at {side}", [v],
+               (plain, list(plain.parameters())), (quick, list(quick.parameters())))
 
-    def conv_of_upsampled():
-        return F.conv2d(F.interpolate(low, scale_factor=2), upsampling, padding=1)
+    kernel = torch.randn(64, 128, 3, 3, device=compute.device, requires_grad=True)
+    yield (f"128 channels upsampled to {full}, convolution to 64", [middle],
+           (lambda x: F.conv2d(upsampled(x), kernel, padding=1), [kernel]),
+           (lambda x: fast.conv_of_upsampled(x, kernel), [kernel]))
 
-    return {
-        f"join of 256 upsampled and 64 skip channels at {half}, gate, convolution to 128":
-            (lambda: join(x, skip, kernel=kernel), plain_join, [x, skip, kernel, *join.parameters()]),
-        f"gate of 128 channels at {half}": (lambda: gate(low), lambda: gate.plain(low), [low, *gate.parameters()]),
-        f"128 channels upsampled to {full}, convolution to 64":
-            (lambda: blocks.conv_of_upsampled(low, upsampling), conv_of_upsampled, [low, upsampling]),
-        f"gate of 64 channels at {full}, head":
-            (lambda: blocks.gated_conv(last, final, head), lambda: head(final.plain(last)),
-             [last, *final.parameters(), *head.parameters()])}
+    for skips, outputs, side, maps in ((64, 128, half, [coarse, skip]), (0, 64, full, [middle])):
+        plain = models.DecoderBlock(maps[0].shape[1], skips, outputs)
+        plain = plain.to(compute.device, memory_format=torch.channels_last)
+        quick = fast.speed_up(copy.deepcopy(plain))
+        forms = [(partial(of_maps, block), list(block.parameters())) for block in (plain, quick)]
+        yield f"whole block to {outputs} channels at {side}, {skips} skip channels", maps, *forms
+
+
+def of_maps(block, x, *skips):
+    return block(x, skips)
+
+
+def random_map(channels, side, args, compute):
+    made = torch.randn(args.batch, channels, side, side, device=compute.device) / 8
+    made = made.to(compute.amp_dtype or torch.float32, memory_format=torch.channels_last)
+    return made.requires_grad_()
+
+
+def upsampled(x):
+    return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import harness
 import torch
 
 import models
+from networks import fast
 
 ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101", *(f"efficientnet_b{i}" for i in range(8))]
 SWEEPS = {"tile": [128, 192, 256, 384, 512], "batch": [1, 2, 4, 8], "encoder": ENCODERS, "arch": ["unet", "unetpp"],
@@ -59,17 +60,15 @@ def main(argv=None):
 
 
 def measure(args, compute):
-    channels = models.default_decoder_channels(args.depth)
-    model = models.build_segmenter(args.arch, args.encoder, depth=args.depth, decoder_channels=channels)
-    model = model.to(compute.device, memory_format=torch.channels_last)
+    model = harness.our_network(args.arch, args.encoder, args.depth, compute)
     images, truth = harness.batch(args, compute)
     memory = harness.peak_memory(model, images, truth, compute)
-    fast = models.for_inference(model)
+    folded = fast.for_inference(model)
 
     @torch.inference_mode()
     def predict():
         with compute.autocast():
-            fast(images)
+            folded(images)
 
     seconds = harness.in_turn({"training": lambda: harness.training_step(model.train(), images, truth, compute),
                                "inference": predict}, args.rounds, compute.device, warmup=1)

@@ -1,21 +1,24 @@
-"""How much the prediction of a field depends on where tiles fall.
+"""How much the prediction of an image depends on where tiles fall.
 
     python benchmarks/seams.py RUN [--data DIR] [--tile 512] [--overlaps 0 32 64 128 256]
 
-A trained run predicts the largest of its validation fields, mirrored on to --side, several times: the grid of tiles is
+A trained run predicts the largest of its validation images, mirrored on to --side, several times: the grid of tiles is
 moved by cutting some rows and columns off. If the tiles did not matter, the same pixels would get the same probability
 each time. Shown is by how much they do not: the mean and the largest difference of the nucleus probability to the mean
 over the grids, the share of pixels whose class changes with the grid, and the jump across the borders of tiles, as a
 ratio to that between any two neighbouring pixels (1: no seam to be seen); and what overlapping costs, the pixels that
-are predicted for each pixel of the field.
+are predicted for each pixel of the image.
 """
 import harness
+import numpy as np
 import torch
 
 import data
 import models
-from images import manifests
+from images import manifests, reading
+from networks import fast
 from running import prediction, runs
+from running.compute import choose_compute
 
 
 def enlarged(image, side):
@@ -28,26 +31,25 @@ def enlarged(image, side):
 
 @torch.inference_mode()
 def probabilities(model, image, compute, tile, overlap):
-    field = manifests.Field(None, image, None, ())
-    parts = [logits[0].softmax(0)[1].cpu() for _, logits in
-             prediction.predict(model, [field], compute, tile=tile, overlap=overlap)]
-    return torch.cat(parts)                                                                       # (H, W)
+    limits = np.float32(0), np.float32(1)                             # the image is normalised already
+    field = manifests.Field(None, image.numpy(), None, (), limits)
+    return prediction.predict(model, [field], compute, tile=tile, overlap=overlap)[0]             # (H, W)
 
 
 def work(side, tile, overlap):
-    return (sum(len(weights) for _, weights in prediction.tile_weights(side, tile, overlap)) / side) ** 2
+    return (sum(len(weights) for _, weights in prediction.tiles_along(side, tile, overlap)) / side) ** 2
 
 
 def jumps(probability, tile, overlap):
     """Mean |difference| of neighbouring columns where a tile begins or ends, and of all columns."""
     size = probability.shape[1]
-    tiles = prediction.tile_weights(size, tile, overlap)
-    borders = sorted({edge for start, weights in tiles for edge in (start, start + len(weights)) if 0 < edge < size})
+    tiles = prediction.tiles_along(size, tile, overlap)
+    borders = sorted({edge for place, _ in tiles for edge in (place.start, place.stop) if 0 < edge < size})
     difference = probability.diff(dim=1).abs().mean(0)                                            # (W - 1,)
     return difference[[edge - 1 for edge in borders]].mean().item(), difference.mean().item()
 
 
-def main():
+def main(argv=None):
     parser = harness.argparse.ArgumentParser(description=__doc__,
                                              formatter_class=harness.argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -58,17 +60,17 @@ def main():
     add("--tile", type=int, default=512, help="[%(default)s]")
     add("--overlaps", type=int, nargs="+", default=[0, 32, 64, 128, 256], help="%(default)s")
     add("--shifts", type=int, default=4, help="grids [%(default)s]")
-    args = parser.parse_args()
-    compute = runs.choose_compute("auto", "auto")
+    args = parser.parse_args(argv)
+    compute = choose_compute()
     print(f"`python benchmarks/seams.py {args.run.name} --side {args.side} --tile {args.tile}`: "
           f"{harness.machine(compute)}\n")
     config = runs.read_config(args.run)
-    model = models.for_inference(runs.load_best(args.run, models.build_segmenter, compute, config))
+    model = fast.for_inference(runs.load_best(args.run, models.build_segmenter, compute, config))
     records, _ = manifests.find_records(args.data or config["data"], config["seed"])
-    channels = data.stains(config["channel"], config["channels"])
+    channels = data.stains(reading.channel_names(config["channel"]), tuple(config["channels"]))
     fields = data.read_fields([record for record in records if record.split == "validation"], channels)
     fields.sort(key=lambda field: field.mask.numel())
-    images = [enlarged(field.image, args.side) for field in fields[-args.fields:]]
+    images = [enlarged(field.window(), args.side) for field in fields[-args.fields:]]
     most = args.side // 4                                             # rows and columns that are cut off
     margin = most + 64                                                # from here on all see as far
     print("| overlap | mean difference | largest | class changes | jump at borders | work |\n" + "|---" * 6 + "|")
@@ -92,4 +94,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    harness.process.command(main)

@@ -31,11 +31,12 @@ from pathlib import Path
 
 import harness
 
-import models
 import test
 import train
 from images import manifests
+from networks import encoders
 from running import process, runs, settings
+from running.compute import fastest_on_cpu
 from running.process import InputError
 
 RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101"]
@@ -194,7 +195,7 @@ def plan(args):
     flags."""
     for name in ("encoder", "model"):
         for value in args.axes.get(name, ()):
-            models.check_name(name, value)
+            encoders.check_name(name, value)
     records, _ = manifests.find_records(args.data, 1, task=args.task, needs_validation=args.task == "seg")
     if args.split not in {record.split for record in records}:
         raise InputError(f"--data {args.data}: has no images of split {args.split}")
@@ -224,7 +225,7 @@ def work(waiting, args):
     started, usual, going, failed, count = time.monotonic(), [], {}, [], len(waiting)
     # timed once: runs beside each other might find different ones
     timed = "cpu" in args.devices and settings.parse_args(waiting[0].flags).amp == "auto" and "amp" not in args.axes
-    args.precision = [f"--amp={runs.fastest_on_cpu()[0]}"] if timed else []
+    args.precision = [f"--amp={fastest_on_cpu()[0]}"] if timed else []
     ends = started + args.minutes * 60 if args.minutes else math.inf
     free = [args.devices[i % len(args.devices)] for i in range(args.jobs)]
     bar = process.progress(None, args.table, "run", count)
@@ -441,6 +442,6 @@ def plot_score(jobs, args, score, axis, base, panels):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
-        process.command(lambda _: one(sys.argv[2:]), memory=train.LESS_MEMORY)
+        process.command(lambda _: one(sys.argv[2:]), less_memory=train.LESS_MEMORY)
     else:
         process.command(main)

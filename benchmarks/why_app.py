@@ -6,7 +6,7 @@ the cross-entropy's while a network trains with it. Needs scipy.
 
 1. Edits of validation masks, each of as many pixels as the tile's nucleus of median size has: the penalty of the conv
    form for an edit, and the plain distance of the embeddings, in ratio to that many scattered background pixels. For
-   the cross-entropy all are alike. The autoencoder has learnt true masks of the training fields alone.
+   the cross-entropy all are alike. The autoencoder has learnt true masks of the training images alone.
 2. A training (train.py's short recipe, tiles of 128), at some of its steps: the penalty's gradient at the logits, its
    norm in ratio to the cross-entropy's and the cosine between the two; of the conv form how many directions the
    embedding of true masks has (participation ratio of the covariance's eigenvalues) and the IoU of the truth's and of
@@ -27,7 +27,7 @@ import data
 import dedl
 import train
 from images import manifests
-from running import runs
+from running.compute import choose_compute
 
 TILE, BATCH = 128, 8
 
@@ -42,7 +42,7 @@ def main(argv=None):
     add("--steps", type=int, default=300, help="of the training [300]")
     add("--seeds", type=int, default=3, help="trainings, whose means are shown [3]")
     args = parser.parse_args(argv)
-    compute = runs.choose_compute()
+    compute = choose_compute()
     args.amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[compute.amp_dtype]
     print(f"`python {' '.join(harness.sys.argv)}`: {harness.machine(compute)}\n", flush=True)
     if args.app == "conv":

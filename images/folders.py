@@ -1,246 +1,248 @@
-"""Data folders made and checked: the synthetic set, imports, and `python data.py check`. The commands of data.py live
-here, so that data.py keeps to what training and testing read."""
+"""Data folders made and checked: the synthetic set, imports, `python data.py check`, the command line of data.py."""
 import csv
+import json
 import random
-import re
-from pathlib import Path
+from collections import Counter, defaultdict
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import tifffile
 from PIL import Image
 
 from images import manifests, synthetic
-from images.reading import IMAGES, channel_names, channels_first, decode_picture, read_mask, read_picture
-from running import process
-from running.process import InputError
+from images.reading import COLOURED, IMAGES, channel_names, read_image, read_mask, read_rgb
+from running.process import SEED, InputError, Parser, progress
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
-def write_synthetic(folder, seed=77):
-    """Writes the synthetic set: inForm-style TIFFs of eight stains with an RGB thumbnail, masks of nucleus labels, more
-    thumbnails without masks, segmentation.csv and classification.csv. The same seed gives the same bytes. Raises
-    InputError."""
-    folder = Path(folder).resolve()
-    _refuse_filled(folder)
-    work = folder.with_name(folder.name + ".part")  # renamed when whole, so that an interruption leaves no half set
-    work.mkdir(parents=True, exist_ok=True)
-    segmentation, classification = [], []
-    jobs = [(split, patient, number) for split, patients in synthetic.PATIENTS.items() for patient in patients
-            for number in range(synthetic.FIELDS_PER_PATIENT + synthetic.PICTURES_PER_PATIENT)]
-    for split, patient, number in process.progress(jobs, "synthetic fields", "field"):
-        stains, labels, phenotypes = synthetic.draw_field(np.random.default_rng((seed, patient)),
-                                                          np.random.default_rng((seed, patient, 1 + number)))
-        slide = f"SYN{patient:02d}"
-        name = f"{slide}_[{9000 + 400 * number},{41000 + 350 * patient}]_component_data.tif"
-        if number < synthetic.FIELDS_PER_PATIENT:
-            synthetic.write_inform(work / name, slide, stains)
-            tifffile.imwrite(work / f"{name}Mask.tif", labels, compression="zlib", metadata=None)
-            segmentation.append((name, f"{name}Mask.tif", split, slide))
-        else:
-            name = name.replace("component_data.tif", "thumbnail.png")
-            Image.fromarray(synthetic.thumbnail(stains)).save(work / name)
-        classification.append((name, ";".join(phenotypes), split, slide))
-    _write_csv(work / "segmentation.csv", ("image", "mask", "split", "patient"), segmentation)
-    _write_csv(work / "classification.csv", ("image", "labels", "split", "patient"), classification)
-    if folder.exists():
-        folder.rmdir()
-    work.rename(folder)
+def write_synthetic(folder: Path, seed: int = 77) -> None:
+    """Write the synthetic set: the same seed gives the same bytes. Raises InputError.
 
-
-def import_dsb2018(source, folder, seed=77):
-    """Writes a data folder from the Data Science Bowl 2018 download (stage1_train/ID/images, ID/masks): grey images,
-    masks of nucleus labels, segmentation.csv with 70 % / 15 % / 15 % of the fields drawn by `seed`.
-
-    Only fluorescence fields are taken: colourless, with a dark background. Returns lines that say what was done.
+    It has inForm-style TIFFs of eight stains with an RGB thumbnail, label images as masks, more thumbnails without
+    masks, segmentation.csv and classification.csv.
     """
-    source, folder = Path(source), Path(folder)
-    fields = sorted(path for path in source.glob("*") if (path / "images").is_dir() and (path / "masks").is_dir())
-    if not fields:
+    _prepare(folder / "segmentation.csv")
+    segmentation = []
+    classification = []
+    for patient, split in enumerate(progress(synthetic.PATIENTS, "synthetic patients"), 1):
+        slide = f"SYN{patient:02d}"
+        for number in range(synthetic.FIELDS_PER_PATIENT + synthetic.PICTURES_PER_PATIENT):
+            stains, labels, phenotypes = synthetic.draw_field(
+                np.random.default_rng((seed, patient)),
+                np.random.default_rng((seed, patient, 1 + number))
+            )
+            stem = f"{slide}_[{9000 + 400 * number},{41000 + 350 * patient}]"
+            if number < synthetic.FIELDS_PER_PATIENT:
+                name = f"{stem}_component_data.tif"
+                mask = f"{name}Mask.tif"
+                synthetic.write_inform(folder / name, slide, stains)
+                tifffile.imwrite(folder / mask, labels, compression="zlib", metadata=None)
+                segmentation.append((name, mask, split, slide))
+            else:
+                name = f"{stem}_thumbnail.png"
+                _save_png(synthetic.thumbnail(stains), folder / name)
+            classification.append((name, ";".join(phenotypes), split, slide))
+    _write_csv(folder / "classification.csv", "image,labels,split,patient", classification)
+    _write_csv(folder / "segmentation.csv", "image,mask,split,patient", segmentation)
+
+
+def import_dsb2018(source: Path, folder: Path, seed: int = 77) -> None:
+    """Write a data folder from the Data Science Bowl 2018 download, and print what was done. Raises InputError.
+
+    Of stage1_train/ID/images/ID.png and ID/masks it makes grey images, label images and segmentation.csv: 70 % train,
+    15 % validation, 15 % test, drawn by `seed`. Only fluorescence is taken: colourless, with a dark background.
+    """
+    manifest = folder / "segmentation.csv"
+    sources = sorted(path.parent for path in source.glob("*/masks"))
+    if not sources:
         raise InputError(f"{source}: holds no folders ID/images and ID/masks; give the download's stage1_train")
-    _refuse_filled(folder)
-    for name in ("images", "masks"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    _prepare(manifest)
     taken = []
-    for field in process.progress(fields, "importing", "field"):
-        pictures = sorted((field / "images").glob("*.png"))
-        if len(pictures) != 1:
-            raise InputError(f"{field / 'images'}: holds {len(pictures)} PNG files; it must be one")
-        image = channels_first(decode_picture(pictures[0]))                             # (1 or 3, H, W)
+    for path in progress(sources, "importing"):
+        image, _ = read_image(path / "images" / f"{path.name}.png")             # (1 or 3, H, W)
         if (image != image[:1]).any() or np.median(image) > 127:
             continue
         labels = np.zeros(image.shape[1:], np.uint16)
-        for number, path in enumerate(sorted((field / "masks").glob("*.png")), 1):
-            mask = read_mask(path)
+        for number, file in enumerate(sorted(path.glob("masks/*.png")), 1):
+            mask = read_mask(file)
             if mask.shape != labels.shape:
-                raise InputError(f"{path}: is {manifests.size_of(mask)} pixels, its image "
-                                 f"{manifests.size_of(labels)}; they must be equal")
+                raise InputError(f"{file}: must have the size of its image, {manifests.size_of(image)} pixels")
             labels[mask] = number
-        Image.fromarray(image[0]).save(folder / "images" / f"{field.name}.png")
-        Image.fromarray(labels).save(folder / "masks" / f"{field.name}.png")
-        taken.append(field.name)
+        name = f"{path.name}.png"
+        _save_png(image[0], folder / "images" / name)
+        _save_png(labels, folder / "masks" / name)
+        taken.append(name)
     random.Random(seed).shuffle(taken)
     held = round(0.15 * len(taken))
-    split = ["test"] * held + ["validation"] * held + ["train"] * (len(taken) - 2 * held)
-    _write_csv(folder / "segmentation.csv", ("image", "mask", "split"),
-               sorted((f"images/{name}.png", f"masks/{name}.png", s) for name, s in zip(taken, split)))
-    left = len(fields) - len(taken)
-    return [f"{folder}: {len(taken)} fluorescence fields; {left} coloured or bright-field ones left out"]
+    splits = ["test"] * held + ["validation"] * held + ["train"] * len(taken)
+    rows = [(f"images/{name}", f"masks/{name}", split) for name, split in zip(taken, splits)]
+    _write_csv(manifest, "image,mask,split", sorted(rows))
+    print(f"{folder}: {len(taken)} fluorescence images of {len(sources)}; coloured or bright-field ones are left out")
 
 
-def import_dedl_csv(csv_file, images, folder, seed=77, test_csv=None):
-    """Writes a data folder from the paper's csv: columns file and label, labels like [0, 3] by place in PAPER_CLASSES.
+def import_dedl_csv(
+    csv_file: Path,
+    images: Path,
+    folder: Path,
+    seed: int = 77,
+    test_csv: Path | None = None
+) -> None:
+    """Write a data folder from the paper's csv, file and label, and print what was done. Raises InputError.
 
-    The files are looked for by name, with or without extension, below `images`. Those below `folder` already stay where
-    they are, of others the picture that is classified is written there as PNG. The rows of `test_csv` are the test;
-    without it a fifth is drawn by `seed`, whole patients (slides, in inForm's names) where there are several.
-    Returns lines that say what was done.
+    Labels are places in PAPER_CLASSES, as in [0, 3]. The files are looked for by name, with or without extension, below
+    `images`. Those below `folder` stay where they are, of others the image to classify is written there as PNG. The
+    rows of `test_csv` are the test; without it a fifth is drawn by `seed`, whole patients where there are several.
     """
-    images, folder = Path(images), Path(folder)
-    if not images.is_dir():
-        raise InputError(f"{images}: no such folder; give the one that holds the pictures")
-    if (folder / "classification.csv").exists():
-        raise InputError(f"{folder / 'classification.csv'}: is there already; give another folder")
-    names, stems = {}, {}
-    for path in sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGES):
-        names.setdefault(path.name, []).append(path)
-        stems.setdefault(path.stem, []).append(path)
-    records, taken = [], set()
-    for file, split in ((csv_file, "train"), (test_csv, "test")):
-        for line, row in manifests.read_csv(Path(file), ("file", "label"), "file,label") if file else ():
-            name = Path((row["file"]).replace("\\", "/")).name
-            found = names.get(name) or stems.get(name, [])
-            if len(found) != 1:
-                raise InputError(f"{file}, line {line}: {len(found)} images below {images} are named {name!r}; there "
-                                f"must be one")
-            if not re.fullmatch(r"\s*\[\s*(\d+\s*(,\s*\d+\s*)*)?\]\s*", row["label"]):
-                raise InputError(f"{file}, line {line}: label {row['label']!r} is not a list of numbers like [0, 3]")
-            numbers = sorted({int(number) for number in re.findall(r"\d+", row["label"])})
-            if numbers and numbers[-1] >= len(manifests.PAPER_CLASSES):
-                raise InputError(f"{file}, line {line}: label {row['label']} has a number above "
-                                 f"{len(manifests.PAPER_CLASSES) - 1}; the classes are "
-                                 f"{', '.join(manifests.PAPER_CLASSES)}")
-            if found[0] in taken:
-                raise InputError(f"{file}, line {line}: file {name!r} has a row already; give it one")
-            taken.add(found[0])
-            labels = tuple(manifests.PAPER_CLASSES[n] for n in numbers)
-            records.append(manifests.Record(found[0], split, manifests.slide_of(found[0]), labels=labels))
-    said = [] if test_csv or len(records) < 2 else [manifests.move_rows(records, "test", seed)]
-    if not any(record.patient for record in records):
-        said.append("no patient is told by the names (SLIDE_[x,y]...): images of one patient may be in train and test")
-    for record in process.progress(records, "importing"):
-        if not record.image.resolve().is_relative_to(folder.resolve()):
-            picture = Image.fromarray(np.moveaxis(read_picture(record.image), 0, -1))
-            record.image = folder / "images" / f"{record.image.name}.png"
-            record.image.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(record.image)
-    _write_csv(folder / "classification.csv", ("image", "labels", "split", "patient"),
-               [(record.image.resolve().relative_to(folder.resolve()).as_posix(), ";".join(record.labels), record.split,
-                 record.patient) for record in records])
-    return [f"{folder}: {len(records)} images", *said]
+    folder = folder.resolve()
+    manifest = folder / "classification.csv"
+    records = _paper_records(csv_file, images, "train")
+    if test_csv:
+        records += _paper_records(test_csv, images, "test")
+    else:
+        print(manifests.move_rows(records, "test", seed))
+    _prepare(manifest)
+    rows = []
+    for record in progress(records, "importing"):
+        image = record.image
+        if not image.is_relative_to(folder):
+            rgb = np.moveaxis(read_rgb(image), 0, -1)                           # (H, W, 3)
+            image = folder / "images" / f"{image.name}.png"
+            _save_png(rgb, image)
+        rows.append((image.relative_to(folder), ";".join(record.labels), record.split, record.patient))
+    _write_csv(manifest, "image,labels,split,patient", rows)
+    print(f"{folder}: {len(rows)} images")
 
 
-def _refuse_filled(folder):
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: is there already; give a new or empty folder")
+def _paper_records(csv_file, images, split):
+    """Records of the paper's csv, whose files lie below the folder `images`."""
+    paths = [path for path in images.resolve().rglob("*") if path.suffix.lower() in IMAGES]
+    classes = dict(enumerate(manifests.PAPER_CLASSES))
+    records = []
+    for line, row in manifests.read_csv(csv_file, ("file", "label"), "file,label"):
+        name = PureWindowsPath(row["file"]).name                                # of a\b and a/b
+        found = [path for path in paths if path.name == name]
+        found = found or [path for path in paths if path.stem == name]
+        try:
+            [image] = found
+            labels = tuple(classes[number] for number in json.loads(row["label"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{csv_file}, line {line}: {len(found)} images below {images} are named {name!r}, with "
+                             f"label {row['label']!r}; it must be one, with numbers from 0 to {len(classes) - 1}, like "
+                             f"[0, 3]") from error
+        records.append(manifests.Record(image, split, manifests.slide_of(image), labels=labels))
+    return records
 
 
-def _write_csv(path, columns, rows):
+def _prepare(manifest):
+    """Makes the folder of a manifest, which is written last: an interrupted command can be given again."""
+    if manifest.exists():
+        raise InputError(f"{manifest}: is there already; give another folder")
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _save_png(array, path):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def _write_csv(path, header, rows):
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
+        csv.writer(file).writerows([header.split(","), *rows])
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
-def check(folder, channels=("DAPI",)):
-    """What is in a data folder: (lines that describe it, some of them with a NOTE; a line for each thing that is
-    wrong)."""
-    folder, lines, problems = Path(folder), [], []
-    for task in [task for task, (file, _) in manifests.MANIFESTS.items() if (folder / file).is_file()] or ["seg"]:
-        _check_task(folder, task, channels, lines, problems)
-    return lines, list(dict.fromkeys(problems))
+def check(folder: Path, channels: tuple = ("DAPI",)) -> None:
+    """Print what a data folder holds. Raises InputError after it has printed problems."""
+    tasks = [task for task, (name, _) in manifests.MANIFESTS.items() if (folder / name).is_file()]
+    problems = 0
+    for task in tasks or ["seg"]:
+        for line in _check_task(folder, task, channels):
+            print(line)
+            problems += line.startswith("PROBLEM")
+    if problems:
+        raise InputError(f"{folder}: {problems} problems, listed above")
+    print("no problems found")
 
 
-def _check_task(folder, task, channels, lines, problems):
-    """Adds to lines and problems what a data folder holds for one task."""
-    records, said = manifests.find_records(folder, problems=problems, task=task, needs_validation=task == "seg")
-    lines += said
-    problems += manifests.leaks(records)
-    lines += [f"NOTE {line}" for line in manifests.class_notes(records)]
-    classes, kinds, images = manifests.class_names(records), {}, {}  # {names of channels: sizes}, {number: files}
+def _check_task(folder, task, channels):
+    """Yields lines on what a data folder holds for one task."""
+    problems = []
+    records, lines = manifests.find_records(folder, problems=problems, task=task, needs_validation=task == "seg")
+    yield from lines
+    yield from (f"PROBLEM {problem}" for problem in problems + manifests.leaks(records))
+    yield from (f"NOTE {note}" for note in manifests.class_notes(records))
+    kinds = defaultdict(list)  # {names of channels: [((H, W), file)]}
     for split in manifests.SPLITS:
         rows = [record for record in records if record.split == split]
-        patients = sorted({record.patient for record in rows if record.patient})
-        lines.append(f"{split}: {len(rows)} images" + (f" of {len(patients)} patients" if patients else ""))
-        train_rows = sum(record.split == "train" for record in records)
-        if not rows and split == "train":
-            problems.append("there are no rows of split train")
-        elif not rows and (task, split) == ("seg", "validation") and train_rows == 1:  # of more some are drawn
-            problems.append("there are no rows of split validation; one image cannot train and validate")
-        elif not rows and (task, split) != ("cls", "validation"):
-            lines.append(f"NOTE there are no rows of split {split}")
-        counts = {name: sum(name in record.labels for record in rows) for name in classes}
+        patients = {record.patient for record in rows if record.patient}
+        yield f"{split}: {len(rows)} images" + f" of {len(patients)} patients" * bool(patients)
+        if not rows and (task, split) != ("cls", "validation"):
+            yield f"{'NOTE' if split == 'test' else 'PROBLEM'} there are no rows of split {split}"
         if task == "cls":
-            lines.append("  " + ", ".join(f"{name} {count}" for name, count in counts.items()) +
-                         f"; {sum(not record.labels for record in rows)} without any label")
-        if split == "train":
-            problems += [f"label {name!r} has no training image: it cannot be learnt" for name in classes
-                         if not counts[name]]
-        nuclei = pixels = 0
-        for record in process.progress(rows, f"reading {split}"):
-            try:
-                field = manifests.read_field(record, channels) if task == "seg" else None
-                image = field.image if field else read_picture(record.image)
-            except InputError as error:
-                problems.append(str(error))
-                continue
-            kinds.setdefault(field.channels if field else ("RGB",), set()).add(manifests.size_of(image))
-            images.setdefault(len(image), []).append(record.image)
-            if image.min() == image.max():
-                problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
-            if field:
-                lines += [f"NOTE {line}" for line in manifests.inverted_masks([field])]
-                nuclei, pixels = nuclei + int(field.mask.sum()), pixels + field.mask.numel()
-                if not field.mask.any():
-                    problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this field?")
-        if pixels:
-            lines.append(f"  {nuclei / pixels:.1%} of the pixels are nucleus")
-    for names, sizes in kinds.items():
-        lines.append(f"channels {', '.join(names)}; sizes {', '.join(sorted(sizes)[:8])}"
-                     f"{' ...' if len(sizes) > 8 else ''}")
-    usual = max(images, key=lambda number: len(images[number]), default=None)
-    problems += [f"{files[0]}: has {number} channels, most images have {usual}; a network takes one number"
-                 for number, files in images.items() if number != usual]
+            yield from _check_labels(rows, split, manifests.class_names(records))
+        yield from _check_images(rows, channels, kinds)
+    usual = max(kinds, key=lambda names: len(kinds[names]), default=())
+    for names, files in kinds.items():
+        yield f"channels {', '.join(names)}; sizes from {min(files)[0]} to {max(files)[0]}"
+        if len(names) != len(usual):
+            yield (f"PROBLEM {files[0][1]}: has {len(names)} channels, most images have {len(usual)}; a network takes "
+                   f"one number")
+
+
+def _check_labels(rows, split, classes):
+    counts = Counter(label for record in rows for label in record.labels)
+    unlabelled = [record for record in rows if not record.labels]
+    yield f"  {', '.join(f'{name} {counts[name]}' for name in classes)}; {len(unlabelled)} without any label"
+    for name in classes:
+        if split == "train" and not counts[name]:
+            yield f"PROBLEM label {name!r} has no training image: it cannot be learnt"
+
+
+def _check_images(rows, channels, kinds):
+    """Yields lines on the images, and adds (size, file) of each to kinds[names of its channels]."""
+    nuclei = pixels = 0
+    for record in progress(rows, "reading"):
+        try:
+            if record.mask:
+                field = manifests.read_field(record, channels)
+            else:
+                field = manifests.Field(record, read_rgb(record.image), None, COLOURED, ())
+        except InputError as error:
+            yield f"PROBLEM {error}"
+            continue
+        kinds[field.channels].append((field.shape, record.image))
+        if np.ptp(field.image) == 0:
+            yield f"PROBLEM {record.image}: the image is constant; nothing can be seen in it"
+        if record.mask:
+            yield from (f"NOTE {note}" for note in manifests.inverted_masks([field]))
+            nuclei += field.mask.sum()
+            pixels += field.mask.numel()
+            if not field.mask.any():
+                yield f"PROBLEM {record.mask}: the mask is empty; is there really no nucleus in this image?"
+    if pixels:
+        yield f"  {nuclei / pixels:.1%} of the pixels are nucleus"
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-def main(argv=None, description=None):
-    parser = process.Parser(description=description)
-    commands = parser.add_subparsers(dest="command", required=True)
-    built_in = commands.add_parser("synthetic", description="Writes the built-in synthetic set to a new folder.")
-    built_in.add_argument("out", metavar="OUT", type=Path)
-    dsb2018 = commands.add_parser("dsb2018", description="Imports the Data Science Bowl 2018 download.")
-    dsb2018.add_argument("source", metavar="STAGE1_TRAIN", type=Path)
-    dsb2018.add_argument("out", metavar="OUT", type=Path)
-    dedl_csv = commands.add_parser("dedl-csv", description="Imports the paper's csv: file,label; labels like [0, 3].")
-    dedl_csv.add_argument("csv", metavar="CSV", type=Path)
-    dedl_csv.add_argument("images", metavar="IMAGES", type=Path, nargs="?", help="where its files lie [beside the csv]")
-    dedl_csv.add_argument("out", metavar="OUT", type=Path)
-    dedl_csv.add_argument("--test", metavar="CSV", type=Path, help="the csv of the test images [a fifth is drawn]")
-    for command in (built_in, dsb2018, dedl_csv):
-        command.add_argument("--seed", type=process.SEED, default=77, help="[77]")
-    checks = commands.add_parser("check", description="Says what is found in a data folder, and what is wrong with it.")
-    checks.add_argument("dir", metavar="DIR", type=Path)
-    checks.add_argument("--channel", default="DAPI", help="pages of multi-page TIFFs, by name [DAPI]")
+def main(argv: list | None = None, description: str | None = None) -> None:
+    """Run a command of data.py."""
+    parser = Parser(description=description)
+    parser.add_argument("command")
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--seed", type=SEED, default=77, help="of what is drawn by chance [77]")
+    parser.add_argument("--channel", default="DAPI", help="check: pages of multi-page TIFFs, by name [DAPI]")
+    parser.add_argument("--test", type=Path, help="dedl-csv: of the test images [a fifth is drawn]")
     args = parser.parse_args(argv)
-    if args.command == "synthetic":
-        write_synthetic(args.out, args.seed)
-        print(f"{args.out}: written; look at it with: python data.py check {args.out}")
-    elif args.command == "dsb2018":
-        print(*import_dsb2018(args.source, args.out, args.seed), sep="\n")
-    elif args.command == "dedl-csv":
-        print(*import_dedl_csv(args.csv, args.images or args.csv.parent, args.out, args.seed, args.test), sep="\n")
-    else:
-        lines, problems = check(args.dir, channel_names(args.channel))
-        print(*lines, *(f"PROBLEM {problem}" for problem in problems), sep="\n")
-        if problems:
-            process.fail(f"{args.dir}: {len(problems)} problems, listed above")
-        print("no problems found")
+    match args.command, *args.paths:
+        case "synthetic", out:
+            write_synthetic(out, args.seed)
+            print(f"{out}: written; look at it with: python data.py check {out}")
+        case "dsb2018", source, out:
+            import_dsb2018(source, out, args.seed)
+        case "dedl-csv", csv_file, *images, out:
+            images.append(csv_file.parent)
+            import_dedl_csv(csv_file, images[0], out, args.seed, args.test)
+        case "check", folder:
+            check(folder, channel_names(args.channel))
+        case _:
+            parser.error(f"there is no command {args.command} of {len(args.paths)} files and folders")

@@ -4,54 +4,83 @@ from pathlib import Path
 
 from running import settings
 
-COLUMNS = {"seg": {"iou": "IoU", "mean_image_iou": "mean image IoU", "dice": "Dice", "precision": "precision",
-                   "recall": "recall"},
-           "cls": {"f1_micro": "micro F1", "f1_macro": "macro F1", "precision_micro": "precision",
-                   "recall_micro": "recall", "subset_accuracy": "all right"}}
+COLUMNS = {
+    "seg": {
+        "iou": "IoU",
+        "mean_image_iou": "mean image IoU",
+        "dice": "Dice",
+        "precision": "precision",
+        "recall": "recall",
+    },
+    "cls": {
+        "f1_micro": "micro F1",
+        "f1_macro": "macro F1",
+        "precision_micro": "precision",
+        "recall_micro": "recall",
+        "subset_accuracy": "all right",
+    },
+}
 
 
-def show(measured):
-    """Prints a table for each task, the best setting first. measured: (folder, config, scores) of each run. Runs of the
-    same code whose flags are the same but for the seed, the machine and the place are of one setting."""
-    once = {run.resolve(): (run, config, scores) for run, config, scores in measured}
+def show(measured: list[tuple[Path, dict, dict]]) -> None:
+    """Print a table for each task, the best setting first.
+
+    measured: (folder, config, scores) of each run. Runs of the same code belong to one setting where their flags differ
+    in nothing but the seed, the machine and the place.
+    """
     for task, columns in COLUMNS.items():
         groups = {}
-        for run, config, scores in once.values():
+        for run, config, scores in measured:
             if config["task"] == task:
-                groups.setdefault(tuple(setting_of(config, scores).items()), []).append((run, config["seed"], scores))
+                setting = setting_of(config, scores)
+                groups.setdefault(setting, []).append((run, config["seed"], scores))
         if groups:
-            show_groups(columns, [(dict(setting), members) for setting, members in groups.items()])
+            show_table(columns, groups)
 
 
 def setting_of(config, scores):
-    """{flag: value} of what makes a run's setting; of weights what was found, not what was asked for, of data the
-    folder's name; and of a cross-validation how many folds were measured."""
-    flags = vars(settings.make_parser("").parse_args([]))
-    kept = {f"--{name.replace('_', '-')}": str(config.get(name)) for name in flags
-            if name not in (*settings.PLACE, "seed")}
-    return {**kept, "--weights": config["weights_used"], "--data": Path(config["data"]).name,
-            "folds measured:": str(scores.get("folds", "")), "code:": str(config.get("code"))}
+    """Return what makes a run's setting, as pairs of flag and value.
+
+    Weights are those that were found; data is the folder's name; a cross-validation counts the folds measured.
+    """
+    flags = settings.make_parser("").parse_args([])
+    setting = {}
+    for name in vars(flags):
+        if name not in (*settings.PLACE, "seed"):
+            flag = name.replace("_", "-")
+            setting[f"--{flag}"] = str(config.get(name))
+    setting["--weights"] = config["weights_used"]
+    setting["--data"] = Path(config["data"]).name
+    setting["folds measured:"] = str(scores.get("folds", ""))
+    setting["code:"] = str(config.get("code"))
+    return tuple(setting.items())
 
 
-def show_groups(columns, groups):
-    def by_seed(members, name):
-        """The score of each seed; of several runs of one, their mean."""
-        values = {}
-        for _, seed, scores in members:
-            values.setdefault(seed, []).append(scores[name])
-        return [statistics.fmean(found) for found in values.values()]
+def show_table(columns, groups):
+    """Print a line for each setting. groups: {setting: [(folder, seed, scores)]}."""
+    common = set.intersection(*map(set, groups))
+    lines = []
+    for setting, runs in groups.items():
+        cells = [cell(runs, name) for name in columns]
+        flags = [f"{flag} {value}" for flag, value in setting if (flag, value) not in common]
+        seeds = sorted({seed for _, seed, _ in runs})
+        place = runs[0][0] if len(runs) == 1 else f"seeds {', '.join(map(str, seeds))}"
+        lines.append(f"{align(cells)}{len(runs):6}  {' '.join(flags) or 'the same for all'} ({place})")
+    print(f"\n{align(columns.values())}  runs  setting")
+    print(*sorted(lines, reverse=True), sep="\n")  # a line begins with the score that decides
 
-    first = next(iter(columns))
-    groups.sort(key=lambda group: -statistics.fmean(by_seed(group[1], first)))
-    differ = [flag for flag in groups[0][0] if len({setting[flag] for setting, _ in groups}) > 1]
-    print("\n" + "".join(f"{title:>18}" for title in columns.values()) + "  runs  setting")
-    for setting, members in groups:
-        cells = []
-        for name in columns:
-            values = by_seed(members, name)
-            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else " " * 9  # n - 1
-            cells.append(f"{statistics.fmean(values):.4f}{spread}")
-        flags = " ".join(f"{flag} {setting[flag]}" for flag in differ) or "the same for all"
-        seeds = ", ".join(str(seed) for seed in sorted({seed for _, seed, _ in members}))
-        names = f"{members[0][0]}" if len(members) == 1 else f"seeds {seeds}"
-        print("".join(f"{cell:>18}" for cell in cells) + f"{len(members):6}  {flags} ({names})")
+
+def align(cells):
+    return "".join(f"{text:>18}" for text in cells)
+
+
+def cell(runs, name):
+    """Return the mean of a score over the seeds ± its standard deviation; runs of one seed count as one, their mean."""
+    by_seed = {}
+    for _, seed, scores in runs:
+        by_seed.setdefault(seed, []).append(scores[name])
+    values = [statistics.fmean(found) for found in by_seed.values()]
+    spread = ""
+    if len(values) > 1:
+        spread = f" ± {statistics.stdev(values):.4f}"  # n - 1
+    return f"{statistics.fmean(values):.4f}{spread:9}"

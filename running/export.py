@@ -1,18 +1,17 @@
 """Writes a run's best network as one file that runs without this project: `python test.py RUN --export FILE`.
 
     .pt2     torch.export.load(FILE).module()(image), where only torch is installed
-    .onnx    ONNX, for onnxruntime and others; written where onnx and onnxscript are installed
+    .onnx    ONNX, for onnxruntime and others; needs onnxscript and onnxruntime
 
-segmentation:   image (N, C, H, W) -> logits (N, 2, H, W), any N and any H and W from 16 up
+segmentation:   image (N, C, H, W) -> logits (N, classes, H, W), any N and any H and W from 16 up
 classification: image (N, 3, S, S) -> logits (N, classes), any N; of several folds their ensemble, as one network
 
-The file is read again, and kept only if its logits are those of the project's own network.
+The exported network is loaded, and written only if its logits are those of the project's own network.
 """
 import contextlib
 import importlib.util
 import io
-import logging
-import warnings
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -20,7 +19,9 @@ import torch.nn.functional as F
 from torch.export import Dim
 
 import models
+from networks import encoders, fast
 from running import process, runs
+from running.compute import Compute
 from running.process import InputError
 
 TOLERANCE = 1e-4  # of the largest logit where that is above 1
@@ -34,15 +35,17 @@ class AnySize(nn.Module):
         self.segmenter = segmenter
 
     def forward(self, image):
-        step, least, x = self.segmenter.encoder.multiple, self.segmenter.encoder.minimum, image
+        multiple = self.segmenter.encoder.multiple
+        x = image
         for axis in (2, 3):
             size = image.shape[axis]
-            # From here on the exporter takes `steps` as a number of its own. So all sizes inside are plain multiples of
-            # it, which it can compare, and none is one of the example's or set apart because it may be 1.
-            steps = torch.full((), torch.sym_max((size + step - 1) // step, max(1, least // step))).item()
-            torch._check(steps >= max(1, least // step))
-            torch._check(steps * step >= size)
-            x = x.index_select(axis, torch.arange(steps * step).clamp(max=size - 1))  # repeats the border
+            # The exporter takes what `item` returns as a new number. So all sizes inside are plain multiples of it,
+            # which can be compared, and none is one of the example's or set apart because it may be 1.
+            steps = torch.full((), (size + multiple - 1) // multiple).item()  # ONNX rounds -size // multiple towards 0
+            torch._check(steps >= 1)
+            torch._check(steps * multiple >= size)
+            places = torch.arange(steps * multiple).clamp(max=size - 1)  # repeats the border
+            x = x.index_select(axis, places)
         return self.segmenter(x)[..., :image.shape[2], :image.shape[3]]
 
 
@@ -54,118 +57,108 @@ class Ensemble(nn.Module):
         self.classifiers = nn.ModuleList(classifiers)
 
     def forward(self, image):
-        logits = [classifier(image) for classifier in self.classifiers]
-        if len(logits) == 1:
-            return logits[0]
-        z = torch.stack(logits)                                                               # (folds, N, classes)
+        logits = torch.stack([classifier(image) for classifier in self.classifiers])          # (folds, N, classes)
         # logit(mean p) = log(sum p) - log(sum (1 - p)), where float32 cannot round p to 1
-        return F.logsigmoid(z).logsumexp(0) - F.logsigmoid(-z).logsumexp(0)
+        return F.logsigmoid(logits).logsumexp(0) - F.logsigmoid(-logits).logsumexp(0)
 
 
-def check_file(file):
-    """Raises InputError where no file of this name can be written."""
+def export_run(run: Path, config: dict, file: Path) -> None:
+    """Write the network of a run, or of all folds in its folder, and print what it takes and gives."""
     if file.suffix not in (".pt2", ".onnx"):
-        raise InputError(f"--export {file}: is to be named .pt2 (PyTorch) or .onnx")
-    if not file.absolute().parent.is_dir():
-        raise InputError(f"--export {file}: there is no folder {file.parent}")
-    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
-    if file.suffix == ".onnx" and missing:
-        raise InputError(f"--export {file}: needs {' and '.join(missing)} here: pip install onnx onnxscript "
-                            "onnxruntime; or export to .pt2")
+        raise InputError(f"--export {file}: must be named .pt2 (PyTorch) or .onnx")
+    if file.suffix == ".onnx" and not all(map(importlib.util.find_spec, ("onnxscript", "onnxruntime"))):
+        raise InputError(f"--export {file}: needs two packages: pip install onnxscript onnxruntime; or export to .pt2")
+    find = segmentation if config["task"] == "seg" else classification
+    network, own, free, shapes, text = find(run, config)
+    print(text)
+    content = export(network, free, shapes[0], file.suffix)
+    exported = load(content, file.suffix)
+    for shape in shapes:
+        check(exported, own, shape)
+    with process.replacing(file) as handle:
+        handle.write(content)
+    print(f"{file}: {len(content) / 1e6:.1f} MB")
 
 
-def export_run(run, config, file):
-    """Writes the network of a run, or of all folds in its folder, and says what it takes. Raises InputError."""
-    check_file(file)
-    if config["task"] == "seg":
-        own = best(run, models.build_segmenter, config)
-        channels, step, network = config["setting"]["in_channels"], max(8, own.encoder.multiple), AnySize(own)
-        free = {0: Dim("batch", min=1), 2: Dim("height", min=16), 3: Dim("width", min=16)}
-        example, others = (2, channels, 3 * step - 3, 5 * step - 5), [(1, channels, 16, 16), (3, channels, 37, 53)]
-        names = ", ".join(map(str, config.get("channels", [])))
-        what = f"encoder {config['setting'].get('encoder')}"
-        takes = f"(N, {channels}, H, W), H and W from 16 up; channels{' ' + names if names else ''}, each brought to " \
-                "[0, 1] by its percentiles 1 and 99.8 in the whole image"
-        gives = "(N, 2, H, W), background and nucleus; softmax over axis 1 gives probabilities"
-    else:
-        folders, size = runs.fold_folders(run), config["image_size"]
-        network = own = Ensemble([best(folder, models.build_classifier, config) for folder in folders.values()])
-        free, example, others = {0: Dim("batch", min=1)}, (2, 3, size, size), [(1, 3, size, size), (3, 3, size, size)]
-        what = f"model {config['model']}"
-        takes = f"(N, 3, {size}, {size}), RGB in [0, 1]; pictures are stretched to this size, " \
-                f"{models.interpolation(config['model'])}"
-        gives = f"(N, {len(config['classes'])}) of {', '.join(config['classes'])}; sigmoid gives probabilities" + \
-                (f", the mean of {len(folders)} folds" if len(folders) > 1 else "")
-    difference = write(network, own, torch.rand(example), free, others, file, what)
-    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB\n  input   image, float32 {takes}\n  output  logits {gives}")
-    print("  not checked: onnxruntime is not installed" if difference is None else
-          f"  checked on {' and '.join(' x '.join(map(str, shape)) for shape in others)}: logits differ from the run's "
-          f"by {difference:.1e} at most")
+def segmentation(run, config):
+    """Return the network for the exporter, the run's own, the axes of free size, an example's shape with others to be
+    checked, and a text on input and output."""
+    own = best(run, models.build_segmenter, config)
+    channels = config["setting"]["in_channels"]
+    free = {
+        0: Dim("batch", min=1),
+        2: Dim("height", min=16),
+        3: Dim("width", min=16),
+    }
+    shapes = [(2, channels, 93, 155), (1, channels, 16, 16), (3, channels, 37, 53)]
+    text = (
+        f"input   image, float32 (N, {channels}, H, W), H and W from 16 up; channels {', '.join(config['channels'])},"
+        " each brought to [0, 1] by its percentiles 1 and 99.8 in the whole image\n"
+        f"output  logits (N, {config['setting']['classes']}, H, W); softmax over axis 1 gives probabilities;"
+        " nuclei are where that of class 0, background, is below 0.5"
+    )
+    return AnySize(own), own, free, shapes, text
+
+
+def classification(run, config):
+    """Return the same of a classification, all folds as one network."""
+    folders = runs.fold_folders(run).values()
+    network = Ensemble([best(folder, models.build_classifier, config) for folder in folders])
+    size = config["image_size"]
+    shapes = [(number, 3, size, size) for number in (2, 1, 3)]
+    text = (
+        f"input   image, float32 (N, 3, {size}, {size}), RGB in [0, 1]; stretch images to this size,"
+        f" {encoders.interpolation(config['model'])}\n"
+        f"output  logits (N, classes) of {', '.join(config['classes'])}; sigmoid gives probabilities,"
+        f" the mean of {len(folders)} folds"
+    )
+    return network, network, {0: Dim("batch", min=1)}, shapes, text
 
 
 def best(folder, build, config):
-    """The network that the best.pt of a run or a fold holds, on the CPU in float32, its BatchNorms folded. Raises
-    InputError."""
-    model = runs.load_best(folder, build, runs.Compute(torch.device("cpu"), None), config)
+    """Return the best network of a run or a fold, on the CPU in float32, its BatchNorms folded."""
+    model = runs.load_best(folder, build, Compute(torch.device("cpu"), None), config)
     # channels_last weights would make the exporter ask which sizes are 1
-    return models.for_inference(model).to(memory_format=torch.contiguous_format)
+    return fast.for_inference(model).to(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
-def write(network, own, example, free, others, file, what):
-    """Exports `network` with free sizes {axis: Dim} and compares it with `own` on random images of the `others` shapes:
-    the largest difference of the logits, None where it cannot be run here. Raises InputError and writes no file."""
-    with quiet():
-        try:
-            program = torch.export.export(network.eval(), (example,), dynamic_shapes=(free,), strict=False)
-            if file.suffix == ".onnx":
-                program = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["image"],
-                                            output_names=["logits"])
-        except Exception as error:  # torch's exporters have no common kind
-            if process.is_out_of_memory(error):
-                raise
-            raise InputError(f"--export: torch {torch.__version__} cannot export {what} for all sizes "
-                                f"({process.one_line(error, 200)})") from error
-        with process.replacing(file) as handle:
-            if file.suffix == ".onnx":
-                handle.write(program.model_proto.SerializeToString())  # weights and all, up to 2 GB
+def export(network, free, shape, suffix):
+    """Return the content of the file, bytes. free: {axis: Dim}; shape: an example's."""
+    content = io.BytesIO()  # on a full disk torch's own writer would abort the process
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # where the exporters fail they write thousands of lines
+            program = torch.export.export(
+                network,
+                (torch.rand(shape),),
+                dynamic_shapes=(free,),
+                strict=False,
+            )
+            if suffix == ".pt2":
+                torch.export.save(program, content)
             else:
-                whole = io.BytesIO()  # on a full disk torch's own writer aborts the process
-                torch.export.save(program, whole)
-                handle.write(whole.getbuffer())
-            handle.flush()
-            exported, worst = load(handle.name, file.suffix), None
-            for shape in others if exported else ():
-                image = torch.rand(shape)
-                logits, expected = exported(image), own(image)
-                worst = max(worst or 0.0, (logits - expected).abs().max().item())
-                if not worst <= TOLERANCE * max(1, expected.abs().max().item()):
-                    raise InputError(f"--export {file}: not written, for its logits differ from the run's by "
-                                        f"{worst:.1e} on an image of {' x '.join(map(str, shape))}")
-    return worst
+                program = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["logits"])
+                content.write(program.model_proto.SerializeToString())  # weights and all, up to 2 GB
+    except Exception as error:  # torch's exporters have no common kind
+        raise InputError(f"--export: torch cannot export this network: {process.one_line(error, 200)}") from error
+    return content.getvalue()
 
 
-@contextlib.contextmanager
-def quiet():
-    """Keeps the exporters' own words back, hundreds of lines where they fail; what is raised says enough."""
-    said = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)
-
-
-def load(name, suffix):
-    """The network in a file as a function of image, None for ONNX where onnxruntime is not installed."""
+def load(content, suffix):
+    """Return the network in a file's content as a function of an image."""
     if suffix == ".pt2":
-        with open(name, "rb") as handle:
-            return torch.export.load(handle).module()
-    if not importlib.util.find_spec("onnxruntime"):
-        return None
+        return torch.export.load(io.BytesIO(content)).module()
     import onnxruntime
-    session = onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+
+
+@torch.no_grad()
+def check(exported, own, shape):
+    """Compare the logits on a random image. Raises InputError where they differ by more than TOLERANCE."""
+    image = torch.rand(shape)
+    expected = own(image)
+    difference = (exported(image) - expected).abs().max()
+    if not difference <= TOLERANCE * expected.abs().max().clamp(min=1):  # NaN is refused too
+        raise InputError(f"--export: not written; logits of an image {shape} differ from the run's by {difference:.1e}")
+    print(f"checked on an image {shape}: the logits differ from the run's by {difference:.1e} at most")

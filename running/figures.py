@@ -1,151 +1,191 @@
-"""The pictures that train.py and test.py write into a run's folder: PNG sheets of images with truth and prediction."""
+"""The figures in a run's folder, as PNG: images beside truth and prediction, and the curves of the training."""
+from pathlib import Path
+
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from images import reading
-from images.reading import COLOURED
+from images.manifests import Field, Record
 from running import process
 
-# contours in colours that colour-blind people tell apart (Okabe & Ito)
-CAPTION = 330  # pixels that a picture's column may be widened to for its caption
-TRUTH, PREDICTED, BOTH = (86, 180, 233), (230, 159, 0), (255, 255, 255)
+SIDE = 320     # pixels that are shown of an image, at most; no column is narrower
+CAPTION = 40   # pixels, two lines
+GAP = 6        # pixels between columns
+FRAME = 4      # pixels
+BACKGROUND = (24, 24, 24)
+# Okabe and Ito's colours, which colour-blind people tell apart
+TRUTH = (86, 180, 233)
+PREDICTED = (230, 159, 0)
+BOTH = (255, 255, 255)
 
 
-def save_samples(fields, masks, file, most=4, side=256):
-    """input | truth | prediction of up to `most` fields that have a mask (each process has those of its own fields),
-    evenly taken, the middle side x side pixels of each."""
-    rows, found = [], [i for i, mask in enumerate(masks) if mask is not None]
-    for place in np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int):
-        i = found[place]
-        window = middle(fields[i].shape, side)
-        image = as_picture(fields[i].window(*window))
-        truth, predicted = (np.repeat(mask.numpy()[window][..., None] * np.uint8(255), 3, 2)
-                            for mask in (fields[i].mask, masks[i]))
-        zoom = max(1, side // max(truth.shape))  # small fields grow
-        rows.append([(caption, enlarge(picture, zoom)) for caption, picture in
-                     ((fields[i].record.image.stem, image), ("truth", truth), ("prediction", predicted))])
-    save_grid(rows, file)
+def save_samples(fields: list[Field], masks: list[torch.Tensor], file: Path) -> None:
+    """Save input | truth | prediction of up to four images, evenly taken: the middle of each.
 
-
-def save_sheet(shown, file, side=320):
-    """Fields, as (caption, Field, np.packbits(predicted mask, 1)): as they are, and with the contours of truth and
-    prediction. They may come one at a time: their middles alone are kept."""
-    rows = []
-    for caption, field, bits in shown:
-        height, width = field.shape
-        window = middle((height, width), side)
-        predicted = np.unpackbits(bits[window[0]], 1, width)[:, window[1]].astype(bool)
-        shown_height, shown_width = predicted.shape
-        zoom = max(2, 2 * side // max(predicted.shape))  # contours stay thin, small fields grow
-        image = enlarge(as_picture(field.window(*window)), zoom)
-        truth, predicted = (border(enlarge(mask, zoom)) for mask in (field.mask[window].numpy(), predicted))
-        part = f", middle {shown_height} x {shown_width}" if (shown_height, shown_width) != field.shape else ""
-        lines = image.mean(2, keepdims=True).astype(np.uint8).repeat(3, 2)  # grey, on which all contours are seen
-        lines[truth], lines[predicted], lines[truth & predicted] = TRUTH, PREDICTED, BOTH
-        rows.append([(f"{caption}  {field.record.image.stem} ({height} x {width}{part}){colours_of(field)}", image),
-                     ("contours: blue truth, orange prediction, white both", lines)])
-        del field  # before the next is read
-    save_grid(rows, file)
-
-
-def save_labels(records, probabilities, truth, classes, file, most=12, columns=4, width=240):
-    """Up to `most` pictures, evenly taken from the best to the worst classified (by likelihood), with true labels and
-    those found (above 0.5) with their probabilities. Frame: blue where all labels are right, orange where not."""
-    likelihood = np.log(np.where(truth, probabilities, 1 - probabilities).clip(1e-9)).sum(1)
-    order = np.argsort(-likelihood, kind="stable")
+    masks: predicted, bool (H, W).
+    """
     cells = []
-    for i in order[np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)]:
-        picture = Image.fromarray(np.moveaxis(reading.read_picture(records[i].image), 0, -1))
-        height = min(max(width // 8, round(width * picture.height / picture.width)), 2 * width)  # strips stay legible
-        colour = TRUTH if ((probabilities[i] > 0.5) == truth[i]).all() else PREDICTED
-        framed = Image.new("RGB", (width, height), colour)
-        framed.paste(picture.resize((width - 8, height - 8)), (4, 4))
-        ranked = sorted(zip(probabilities[i], classes), reverse=True)
-        found = ", ".join(f"{name} {p:.2f}" for p, name in ranked if p > 0.5)
-        found = found or "none ({1} {0:.2f})".format(*ranked[0])
-        wanted = ", ".join(name for name, is_true in zip(classes, truth[i]) if is_true) or "none"
-        cells.append((f"truth: {wanted}\nfound: {found}", np.asarray(framed)))
-    save_grid([cells[i:i + columns] for i in range(0, len(cells), columns)], file, strip=36)
+    for field, mask in evenly(list(zip(fields, masks)), most=4):
+        middle = middle_of(field.shape)
+        image = draw_image(field, middle, SIDE)
+        truth = draw_mask(field.mask[middle], SIDE)
+        prediction = draw_mask(mask[middle], SIDE)
+        cells += [
+            (describe(field), image),
+            ("truth", truth),
+            ("prediction", prediction),
+        ]
+    save_table(cells, 3, file)
 
 
-def save_curves(history, file):
-    """Loss, score and learning rate by epoch, from the rows of metrics.csv. Returns a hint where matplotlib, which
-    draws them, is not installed, else ""."""
+def save_sheet(shown: list[tuple[str, Field, torch.Tensor]], file: Path) -> None:
+    """Save the middle of each image, and on it the contours of truth and prediction.
+
+    shown: (caption, image, predicted mask, bool (H, W)).
+    """
+    cells = []
+    side = 2 * SIDE  # so that contours are thin
+    for caption, field, mask in shown:
+        middle = middle_of(field.shape)
+        image = draw_image(field, middle, side)
+        truth = outline(draw_mask(field.mask[middle], side))
+        predicted = outline(draw_mask(mask[middle], side))
+        contours = image.convert("L").convert("RGB")  # all three colours are seen on grey
+        contours.paste(TRUTH, mask=truth)
+        contours.paste(PREDICTED, mask=predicted)
+        contours.paste(BOTH, mask=ImageChops.multiply(truth, predicted))
+        cells += [
+            (f"{caption}  {describe(field)}", image),
+            ("contours\nblue truth, orange prediction, white both", contours),
+        ]
+    save_table(cells, 2, file)
+
+
+def save_labels(
+    records: list[Record],
+    probabilities: np.ndarray,
+    truth: np.ndarray,
+    classes: list[str],
+    file: Path,
+) -> None:
+    """Save up to twelve images, evenly taken from the best to the worst classified (by likelihood).
+
+    Captions: the true labels, and those found (above 0.5) with their probabilities. Frame: blue where all labels are
+    right, orange where not. probabilities and truth (bool): (N, classes).
+    """
+    of_labels = np.where(truth, probabilities, 1 - probabilities)
+    likelihood = np.log(of_labels.clip(1e-9)).sum(1)
+    best_first = np.argsort(-likelihood)
+    cells = []
+    for i in evenly(best_first, most=12):
+        pixels = np.moveaxis(reading.read_rgb(records[i].image), 0, -1)                            # (H, W, 3)
+        image = Image.fromarray(pixels)
+        height = SIDE * image.height // image.width
+        height = np.clip(height, SIDE // 8, 2 * SIDE)  # strips stay legible
+        image = image.resize((SIDE - 2 * FRAME, height))
+        right = np.array_equal(probabilities[i] > 0.5, truth[i])
+        colour = TRUTH if right else PREDICTED
+        true = [name for name, is_true in zip(classes, truth[i]) if is_true]
+        found = [f"{name} {p:.2f}" for name, p in zip(classes, probabilities[i]) if p > 0.5]
+        cells.append((
+            f"truth: {', '.join(true) or 'none'}\nfound: {', '.join(found) or 'none'}",
+            ImageOps.expand(image, FRAME, colour),
+        ))
+    save_table(cells, 4, file)
+
+
+def save_curves(history: list[dict], file: Path) -> None:
+    """Save losses, scores and learning rate by epoch, from the rows of metrics.csv. Needs matplotlib."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError:
-        return "no curves.png: pip install matplotlib to have it drawn"
-    name, title = ("val_iou", "validation IoU") if "val_iou" in history[0] else ("val_f1_micro", "validation F1")
-    best = max(history, key=lambda row: row[name])
-    panels = {"loss": {"train_loss": "training", "val_loss": "validation"},
-              f"{title}, best {best[name]:.4f} in epoch {best['epoch']}":
-                  {"val_iou": ""} if name == "val_iou" else {"val_f1_micro": "micro", "val_f1_macro": "macro"},
-              "learning rate": {"lr": ""}}
-    figure = Figure((11, 3.2), dpi=110, layout="constrained")
+        print("  NOTE: no curves.png: pip install matplotlib to have it drawn")
+        return
+    scores = [name for name in history[0] if name.startswith(("val_iou", "val_f1"))]
+    score = scores[0]
+    best = max(history, key=lambda row: row[score])
+    panels = [["train_loss", "val_loss"], scores, ["lr"]]
+    figure = Figure((11, 3.5), dpi=110, layout="constrained")
+    figure.suptitle(f"best {score}: {best[score]:.4f} in epoch {best['epoch']}")
     epochs = [row["epoch"] for row in history]
-    for axes, (title, columns) in zip(figure.subplots(1, 3), panels.items()):
-        for (column, label), colour, marker in zip(columns.items(), (TRUTH, PREDICTED), "os"):
-            axes.plot(epochs, [row[column] for row in history], marker=marker, markersize=3, label=label,
-                      color=np.array(colour) / 255)
-        if len(columns) > 1:
-            axes.legend(frameon=False)
-        axes.set_title(title, fontsize="medium")
+    for axes, columns in zip(figure.subplots(1, 3), panels):
+        for column in columns:
+            values = [row[column] for row in history]
+            axes.plot(epochs, values, marker=".", label=column)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend()
     axes.set_ylim(0)  # of the learning rate
     with process.replacing(file) as handle:
         figure.savefig(handle, format="png")
-    return ""
 
 
-def as_picture(image):
-    """Image (C, H, W) in [0, 1] -> uint8 (H, W, 3); one channel becomes grey, of many the first three are shown."""
-    image = image.numpy()
-    shown = np.concatenate([image, np.zeros_like(image[:1])])[:3] if len(image) > 1 else image.repeat(3, 0)
-    return (shown.transpose(1, 2, 0) * 255).round().astype(np.uint8)
+def evenly(items, most):
+    """Return up to `most` of the items, evenly spaced."""
+    places = np.linspace(0, len(items) - 1, min(most, len(items)))
+    return [items[round(place)] for place in places]
 
 
-def colours_of(field):
-    """Which stain as_picture shows in which colour, where there are several."""
-    if len(field.channels) < 2 or field.channels == COLOURED:
-        return ""
-    return "  " + ", ".join(map(" ".join, zip(COLOURED, field.channels)))
+def middle_of(shape):
+    """Return the slices that cut up to SIDE x SIDE pixels from the middle of an image."""
+    starts = [max(0, (size - SIDE) // 2) for size in shape]
+    return tuple(slice(start, start + SIDE) for start in starts)
 
 
-def enlarge(picture, zoom):
-    return picture.repeat(zoom, 0).repeat(zoom, 1)
+def draw_image(field, window, side):
+    """Draw a window of an image: one channel in grey, of several the first three in red, green and blue."""
+    image = field.window(*window)
+    if len(image) == 1:
+        image = image.expand(3, -1, -1)
+    black = torch.zeros_like(image[:1])
+    image = torch.cat([image, black])[:3]
+    pixels = (image * 255).round().byte()
+    return enlarge(pixels.permute(1, 2, 0), side)
 
 
-def middle(shape, side):
-    return tuple(slice(max(0, (size - side) // 2), max(0, (size - side) // 2) + side) for size in shape)
+def draw_mask(mask, side):
+    return enlarge(mask.byte() * 255, side)
 
 
-def border(mask):
-    """The pixels of a mask (H, W) that touch its outside."""
-    around = np.pad(mask, 1, "edge")
-    return mask & ~(around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:])
+def enlarge(pixels, side):
+    """Return uint8 pixels as a PIL image, enlarged by a whole number until its longer side is nearly `side`."""
+    image = Image.fromarray(pixels.numpy())
+    zoom = side // max(image.size)
+    return ImageOps.scale(image, zoom, Image.Resampling.NEAREST)
 
 
-def save_grid(rows, file, gap=6, strip=20):
-    """A PNG of rows of (caption, uint8 (H, W, 3)), the caption in a strip above its picture."""
-    font = ImageFont.load_default(13)
-    widths = [max(max(cell.shape[1], *(min(CAPTION, int(font.getlength(line[:CAPTION])) + 1)
-                                       for line in caption.split("\n")))
-                  for caption, cell in (row[c] for row in rows if c < len(row))) + gap for c in range(len(rows[0]))]
-    heights = [max(cell.shape[0] for _, cell in row) + strip + gap for row in rows]
-    canvas = Image.new("RGB", (sum(widths) + gap, sum(heights) + gap), (24, 24, 24))
-    draw = ImageDraw.Draw(canvas)
-    for r, row in enumerate(rows):
-        for c, (caption, cell) in enumerate(row):
-            x, y = gap + sum(widths[:c]), gap + sum(heights[:r])
-            for number, line in enumerate(caption.split("\n")):
-                line = line[:widths[c] // 2]  # no more letters fit, so that the next lines need not take long
-                while len(line) > 3 and draw.textlength(line, font) > widths[c] - gap:
-                    line = line[:-4] + "..."
-                draw.text((x, y + 16 * number), line, (230, 230, 230), font)
-            canvas.paste(Image.fromarray(cell), (x, y + strip))
-    with process.replacing(file) as handle:  # whoever is looking at the old picture sees it whole
-        canvas.save(handle, "PNG")
+def outline(mask):
+    """Return the pixels of a mask, a PIL image, that touch its outside."""
+    inner = mask.filter(ImageFilter.MinFilter(3))
+    return ImageChops.subtract(mask, inner)
+
+
+def describe(field):
+    """Return an image's name and, in a second line, what is shown of it."""
+    height, width = field.shape
+    channels = ", ".join(field.channels[:3])
+    if len(field.channels) > 1:
+        channels += " as red, green, blue"
+    return f"{field.record.image.stem}\nmiddle of {height} x {width} pixels, {channels}"
+
+
+def save_table(cells, columns, file):
+    """Save a PNG of (caption, PIL image), row by row. Captions are cut off where their column ends."""
+    width = max(SIDE, *(image.width for _, image in cells))
+    rows = [cells[i:i + columns] for i in range(0, len(cells), columns)]
+    heights = [CAPTION + max(image.height for _, image in row) for row in rows]
+    table = Image.new("RGB", (columns * (width + GAP), sum(heights)), BACKGROUND)
+    y = 0
+    for row, height in zip(rows, heights):
+        x = 0
+        for caption, image in row:
+            cell = Image.new("RGB", (width, height), BACKGROUND)
+            ImageDraw.Draw(cell).text((2, 2), caption, font_size=12)
+            cell.paste(image, (0, CAPTION))
+            table.paste(cell, (x, y))
+            x += width + GAP
+        y += height
+    with process.replacing(file) as handle:  # whoever looks at the old file sees it whole
+        table.save(handle, "PNG")

@@ -1,26 +1,28 @@
-"""How a script starts and ends: its flags, errors in one line, interruptions, files that are written whole, and the
-several processes of one training (torchrun)."""
+"""How a script starts and ends: its flags, errors in one line, files that are written whole; and the processes that
+torchrun starts for one training."""
 import argparse
-import errno
+import csv
 import os
-import re
 import signal
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is one line that names the file or flag and says what would be
+    """What the user gave cannot be used. The message is one line that names the file or flag and says what would be
     right."""
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
-def number(kind, low, high=10 ** 9):
-    """A type for argparse: an int or float from `low` to `high`."""
+def number(kind: type, low: float, high: float = 10 ** 9) -> Callable:
+    """Return a type for argparse: an int or float from `low` to `high`."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
@@ -34,215 +36,150 @@ SEED = number(int, 0, 2 ** 31)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help and errors of one line. source: where the arguments are from, if not typed."""
-
-    source = ""
+    """argparse with the module's docstring as it is in --help, and errors of one line."""
 
     def __init__(self, **settings):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message):
-        fail(f"{self.source}{message}{'' if self.source else ' (see --help)'}")
+        fail(f"{message} (see --help)")
 
 
-def progress(items, what, unit="image", total=None):
-    """`items` with a bar on stderr while they are gone through, if that is a terminal and this the first process;
-    without items a bar whose `update` tells how many more of `total` are done."""
-    return tqdm(items, what, total, unit=unit, unit_scale=unit == "px", leave=False,
-                disable=True if rank() or sys.stderr is None else None)
+def progress(items: Iterable, what: str, unit: str = "image", total: int | None = None) -> tqdm:
+    """Return the items with a progress bar on stderr, if that is a terminal and this is the first process."""
+    return tqdm(items, what, total, unit=unit, leave=False, disable=True if rank() else None)
 
 
 # -------------------------------------------------------------------------------------------------------------- endings
-_asked_to_end = None  # the exception of the signal that came
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, taken as Ctrl-C is."""
-
-
-def heed_signals():
-    """Raises what SIGTERM or Ctrl-C has raised already, for it may have come where Python ignores exceptions, as while
-    it forks or removes an object."""
-    if _asked_to_end:
-        raise _asked_to_end
-
-
-def command(main, argv=None, memory="take smaller images, or --amp bf16"):
-    """Runs a script's main. What one can mend (InputError, OSError, too little memory: `memory` says what to lower)
-    ends by fail, an interruption with the line that it carries and the status that shells know; without traceback."""
-    def end(number, _):
-        global _asked_to_end
-        _asked_to_end = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        raise _asked_to_end
-    global _store, _asked_to_end
-    _asked_to_end = None
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)
-              if signal.getsignal(number) != signal.SIG_IGN}  # as nohup and shells' background jobs have it
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
+def command(main: Callable, argv: list[str] | None = None, less_memory: str = "take smaller images") -> None:
+    """Run a script's main. What the user can mend ends in one line on stderr and exit status 2, Ctrl-C and SIGTERM in
+    one line and status 130. less_memory: what to lower where memory is too small."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
-        try:
-            if dist.is_torchelastic_launched():
-                _store, _, _ = next(dist.rendezvous("env://"))
-            main(argv)
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        except BaseException:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending; torchrun may ask for that at this very time
-            raise
+        record(main)(argv)  # under torchrun, its report then holds the traceback
     except InputError as error:
-        fail(one_line(error))
-    except (MemoryError, OSError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            fail(f"out of memory; {memory} ({one_line(error, 150)})")
-        if isinstance(error, OSError):
-            fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
-        if "Symlink loop" in str(error):
-            fail(one_line(error))
-        lost = isinstance(error, dist.DistError) or re.search("onnection|Broken pipe|gloo|NCCL", str(error))
-        if _store is None or not (lost or _others_spoke()):
-            raise
-        fail("another process of this training ended; if it said nothing it was killed, perhaps for memory")
+        *_, message = str(error).split("InputError: ")  # a loader process's comes after its traceback
+        fail(" ".join(message.split()))
+    except OSError as error:
+        fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except KeyboardInterrupt as error:
-        _last_words(one_line(error) if str(error) else "interrupted", 143 if isinstance(error, Terminated) else 130)
+        print(str(error) or "interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            fail(f"out of memory; {less_memory} ({one_line(error, 150)})")
+        if world() == 1:
+            raise
+        fail(f"process {rank()}: {one_line(error, 300)}")  # most often because another one ended
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         while _held:
             _held.pop().close()
 
 
-def fail(message):
-    """Ends the program as every script here ends on bad input: one line on stderr, exit status 2."""
-    _last_words(f"error: {message}", 2)
+def fail(message: str) -> None:
+    """End the program as every script here ends on bad input: one line on stderr, exit status 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
-def one_line(error, length=1000):
+def one_line(error: Exception, length: int = 1000) -> str:
+    """Return an exception's message in one line, or its type where it has none."""
     return " ".join(str(error).split())[:length] or type(error).__name__
 
 
-def is_out_of_memory(error):
-    """Whether an exception says that the device or the machine has too little memory, or allows no more processes."""
-    said = "out of memory|annot allocate memory|can't allocate memory|not enough memory|could not create a memory|" \
-           "bad_alloc|ALLOC_FAILED|can't start new thread"
-    return (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(re.search(said, str(error)))
-            or isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN))
-
-
-def _others_spoke(own=0):
-    """Whether another process has had its last words; own: 1 to have them oneself."""
-    try:
-        return _store.add("last words", own) > own
-    except RuntimeError:  # torchrun, which keeps the store, is ending too
-        return rank() > 0
-
-
-def _last_words(message, status):
-    """Of several processes that end, the first alone speaks: the others end because it did, or for the same reason."""
-    if _store is None or not _others_spoke(own=1):
-        print(message, file=sys.stderr, flush=True)
-    if _store is not None:
-        os._exit(status)  # an orderly exit would wait for the others
-    raise SystemExit(status)
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an exception reports that the device or the machine has too little memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
 @contextmanager
-def replacing(file, mode="wb", **how):
-    """A handle to write `file` by. The old file stays until the new one is whole and on the disk: a crash, a kill or a
-    full disk leaves the old one."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # its own: folds of a run may be trained side by side
+def replacing(file: Path, mode: str = "wb", **settings):
+    """Open `file` to be written as a whole: the old file stays until the new one is complete and on the disk."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # its own: folds may be trained side by side
     if "b" not in mode:
-        how = {"encoding": "utf-8", "errors": "surrogateescape", **how}
+        settings = {"encoding": "utf-8", "errors": "surrogateescape", **settings}
     try:
-        with open(temporary, mode, **how) as handle:
+        with open(temporary, mode, **settings) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, file)
-    except BaseException as error:
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(file)) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(file)) from error
-        raise
 
 
-_held = []  # open files, whose locks end with them
+def save_csv(file: Path, header: list[str], rows: Iterable) -> None:
+    """Write a table as a whole, see replacing."""
+    with replacing(file, "w", newline="") as handle:
+        csv.writer(handle).writerows([header, *rows])
 
 
-def hold(folder):
-    """Whether this process alone may write into a folder until it, or `command`, ends; True too where files cannot be
-    locked."""
+_held = []  # open files; their locks end with them
+
+
+def hold(folder: Path) -> bool:
+    """Return whether this process alone may write into a folder until `command` ends, or files have no locks."""
     try:
         import fcntl  # not on Windows
         _held.append(open(folder / ".lock", "w"))
         fcntl.lockf(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would share
-    except (ImportError, OSError) as error:
-        return not isinstance(error, (BlockingIOError, PermissionError))
+    except (BlockingIOError, PermissionError):
+        return False
+    except (ImportError, OSError):
+        pass
     return True
 
 
 # ---------------------------------------------------------------------------------------- several processes (torchrun)
-_store = None  # what the processes share beside their tensors
-
-
-def join(device):
-    """Joins the processes of this training, if torchrun started several; device: "cpu", "cuda" or "mps". All but the
-    first fall silent."""
-    if _store is None:
+def join(device: str) -> None:
+    """Join the processes of this training, if torchrun started it; device: the value of --device. All but the first
+    fall silent."""
+    if not dist.is_torchelastic_launched():
         return
-    own, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     beside = int(os.environ["LOCAL_WORLD_SIZE"])
-    if device == "mps":
-        fail("--device mps: torchrun's processes can share a batch on a CPU or on several CUDA GPUs; give --device cpu")
-    if device == "cuda":
-        if beside > torch.cuda.device_count():
-            fail(f"--nproc-per-node {beside}: there are {torch.cuda.device_count()} GPUs here; take at most as many")
+    if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:  # torchrun gives each process one thread
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // beside))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=_store, rank=own,
-                            world_size=count)
-    if own:
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        torch.set_num_threads(max(1, os.cpu_count() // beside))  # torchrun gives each process one thread
+        dist.init_process_group("gloo")
+    if rank():
         sys.stdout = open(os.devnull, "w")
 
 
-def rank():
+def rank() -> int:
+    """Return this process's number, 0 for the first."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
-    """The number of processes."""
+def world() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def from_first(make, *arguments):
-    """What make(*arguments) gives in the first process, in all of them; in the others it is not called."""
+def from_first(make: Callable, *arguments):
+    """Return in all processes what make(*arguments) gives in the first one, which alone calls it."""
     values = [make(*arguments) if rank() == 0 else None]
     if world() > 1:
         dist.broadcast_object_list(values)
     return values[0]
 
 
-def gather(value):
-    """The processes' values, in each of them, in their order."""
-    values = [value]
-    if world() > 1:
-        values *= world()
-        dist.all_gather_object(values, value)
-    return values
-
-
-def total(tensor):
-    """The sum of the processes' tensors."""
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over the processes, in place."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def combine(tensors, share):
-    """Sets the tensors, in all processes, to the sum over the processes of `share` times theirs."""
-    if world() > 1 and tensors:
+def combine(tensors: Iterable[torch.Tensor], share: float) -> None:
+    """Set the tensors of floats, in all processes, to the sum over the processes of `share` times theirs."""
+    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if world() > 1:
         whole = total(torch.cat([tensor.flatten() for tensor in tensors]) * share)  # one message for all
         for tensor, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(part.view_as(tensor))

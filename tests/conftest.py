@@ -37,7 +37,7 @@ def needs(*parts):
 
 
 def blobs(rng, height, width):
-    """A grey picture uint8 (H, W) of bright discs on noise, and its mask of labels uint16 (H, W)."""
+    """A grey image uint8 (H, W) of bright discs on noise, and its mask of labels uint16 (H, W)."""
     y, x = np.mgrid[:height, :width]
     labels = np.zeros((height, width), np.uint16)
     for number in range(1, 5):
@@ -47,7 +47,7 @@ def blobs(rng, height, width):
 
 
 def write_folder(folder, splits=("train",) * 4 + ("validation",) * 2 + ("test",) * 3, seed=0):
-    """A data folder of small PNG fields, no two of one size."""
+    """A data folder of small PNG images, no two of one size."""
     rng = np.random.default_rng(seed)
     folder.mkdir(exist_ok=True)
     rows = ["image,mask,split"]
@@ -64,7 +64,7 @@ COLOURS = {"red": 0, "green": 1, "blue": 2}
 
 
 def write_pictures(folder, count=18, tests=6, patients=0, seed=0):
-    """A data folder of small RGB pictures, no two of one size, with one to three discs each in the colours that are its
+    """A data folder of small RGB images, no two of one size, with one to three discs each in the colours that are its
     labels."""
     rng = np.random.default_rng(seed)
     folder.mkdir(exist_ok=True)
@@ -87,8 +87,15 @@ def write_pictures(folder, count=18, tests=6, patients=0, seed=0):
 @pytest.fixture(autouse=True)
 def same_precision_everywhere(monkeypatch):
     """--amp auto is float32 in the tests, on every machine, and nothing is timed."""
-    from running import runs
-    monkeypatch.setattr(runs, "bf16_gain", lambda: 1.0)
+    from running import compute
+    monkeypatch.setattr(compute, "bf16_gain", lambda: 1.0)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """They take half a second a training, more than the rest of it. The runs of a session have theirs."""
+    from running import figures
+    monkeypatch.setattr(figures, "save_curves", lambda *_: "")
 
 
 @pytest.fixture
@@ -111,7 +118,7 @@ def script(capfd, tmp_path, monkeypatch):
     def call(module, *arguments):
         capfd.readouterr()
         try:
-            more = {"memory": module.LESS_MEMORY} if hasattr(module, "LESS_MEMORY") else {}
+            more = {"less_memory": module.LESS_MEMORY} if hasattr(module, "LESS_MEMORY") else {}
             process.command(module.main, [str(argument) for argument in arguments], **more)
             status = 0
         except SystemExit as end:

@@ -1,4 +1,4 @@
-"""The benchmarks run, and say what they say. What they measure is not tested: machines differ."""
+"""The benchmarks run and print their tables. What they measure is not tested: machines differ."""
 import re
 import runpy
 import sys
@@ -6,8 +6,6 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-
-from running import runs
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "harness")
 SMALL = ["--tile", "32", "--batch", "2", "--rounds", "1", "--device", "cpu", "--amp", "off"]
@@ -46,14 +44,24 @@ def test_epoch(benchmark, tiny):
     assert status == 0 and len(re.findall(r"^\| (ours|published recipe), .*x? +\|$", out, re.M)) == 5
 
 
+def test_parts(benchmark):
+    status, out, _ = benchmark("parts", *SMALL)
+    assert status == 0 and len(re.findall(r"^\| .* \| \d+ ms \| \d+ ms \| [\d.]+x \|$", out, re.M)) == 5
+
+
+def test_seams(benchmark, finished):
+    status, out, _ = benchmark("seams", finished[0], "--fields", 1, "--side", 96, "--tile", 48, "--overlaps", 0, 16)
+    assert status == 0 and len(re.findall(r"^\| (0|16) \| 0\.\d+ \|", out, re.M)) == 2
+
+
 def test_one_setting_of_scaling(benchmark):
     status, out, _ = benchmark("scaling", *SMALL, "--one")
     assert status == 0 and '"memory": ' in out and float(re.search(r'"training": ([\d.]+)', out)[1]) > 0
 
 
 def test_both_sides_take_the_precision_in_which_the_reference_is_fastest(benchmark, monkeypatch):
-    monkeypatch.setattr(runs, "cpu_has_bf16", lambda: True)
     import harness
+    monkeypatch.setattr(harness, "cpu_has_bf16", lambda: True)
     for fastest in ("off", "bf16"):
         monkeypatch.setattr(harness, "in_turn", lambda sides, *_, fastest=fastest, **how: {
             amp: [1.0 + (amp != fastest)] for amp in sides})
@@ -61,7 +69,7 @@ def test_both_sides_take_the_precision_in_which_the_reference_is_fastest(benchma
         assert harness.start(args).amp_dtype == {"off": None, "bf16": torch.bfloat16}[fastest] and args.amp == fastest
 
 
-def test_what_is_not_there_is_said(benchmark):
+def test_a_device_that_is_not_there_is_refused(benchmark):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     status, _, err = benchmark("model", "--device", "cuda")

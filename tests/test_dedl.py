@@ -115,8 +115,6 @@ def test_row_autoencoder_is_the_published_one():
     changed[0, 0, 3] += 1
     rows = (small(logits) != small(changed)).any(-1)
     assert rows.nonzero().tolist() == [[0, 0, 3]]  # each row of each class by itself
-    with pytest.raises(ValueError, match="width 16, got 20"):
-        small(torch.randn(1, 2, 4, 20))
 
 
 def test_linear_form_trains_both():
@@ -131,8 +129,6 @@ def test_linear_form_trains_both():
 
 def test_class_weights():
     assert dedl.balanced_class_weights(0.1479) == pytest.approx(dedl.PUBLISHED_CLASS_WEIGHTS)
-    with pytest.raises(ValueError, match="both classes"):
-        dedl.balanced_class_weights(0.0)
 
 
 def test_metrics_by_hand():
@@ -146,7 +142,7 @@ def test_metrics_by_hand():
                       "mean_image_iou": (0.5 + 0) / 2, "images": 2}
 
 
-def test_metrics_of_empty_fields():
+def test_metrics_of_empty_images():
     left_empty = dedl.segmentation_scores([[0, 0, 0, 9]])
     assert left_empty["iou"] == left_empty["precision"] == left_empty["recall"] == left_empty["mean_image_iou"] == 1
     missed, invented = dedl.segmentation_scores([[0, 0, 5, 4]]), dedl.segmentation_scores([[0, 5, 0, 4]])

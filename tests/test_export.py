@@ -8,9 +8,11 @@ import torch
 
 import models
 import test
+from networks import fast
 from running import export, runs
+from running.compute import Compute
 
-CPU = runs.Compute(torch.device("cpu"), None)
+CPU = Compute(torch.device("cpu"), None)
 SHAPES = [(1, 16, 16), (3, 37, 53), (1, 64, 96), (2, 17, 130)]
 LOAD = """
 import sys, torch
@@ -39,7 +41,7 @@ def untrained(folder, arch, depth, encoder="test_efficientnet", channels=1):
 
 
 def network(run):
-    return models.for_inference(runs.load_best(run, models.build_segmenter, CPU, runs.read_config(run)))
+    return fast.for_inference(runs.load_best(run, models.build_segmenter, CPU, runs.read_config(run)))
 
 
 def elsewhere(file, images, folder):
@@ -64,13 +66,13 @@ def test_a_segmentation_works_without_the_project(arch, depth, encoder, script, 
     run, file = untrained(tmp_path / "run", arch, depth, encoder, channels=2), tmp_path / "model.pt2"
     status, out, _ = script(test, run, "--export", file, "--device", "cpu")
     assert status == 0 and "(N, 2, H, W)" in out and "channels DAPI, CD4" in out and "percentiles 1 and 99.8" in out
-    assert "checked on 1 x 2 x 16 x 16 and 3 x 2 x 37 x 53" in out
+    assert "checked on an image (1, 2, 16, 16)" in out and "checked on an image (3, 2, 37, 53)" in out
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["model.pt2"]
     images, own = [torch.rand(n, 2, height, width) for n, height, width in SHAPES], network(run)
     if arch == "unet":
         found = elsewhere(file, images, tmp_path)
     else:  # quicker
-        exported = export.load(file, ".pt2")
+        exported = export.load(file.read_bytes(), ".pt2")
         found = [exported(image) for image in images]
         with pytest.raises((AssertionError, RuntimeError), match="16"):
             exported(torch.rand(1, 2, 15, 20))
@@ -83,7 +85,7 @@ def test_folds_become_one_network(cross_validated, script, tmp_path):
     status, out, _ = script(test, run, "--export", tmp_path / "model.pt2", "--device", "cpu")
     assert status == 0 and "(N, 3, 32, 32), RGB in [0, 1]" in out and "mean of 3 folds" in out
     images = [torch.rand(n, 3, 32, 32) for n in (1, 4)]
-    found = map(export.load(tmp_path / "model.pt2", ".pt2"), images)
+    found = map(export.load((tmp_path / "model.pt2").read_bytes(), ".pt2"), images)
     config = runs.read_config(run)
     folds = [runs.load_best(folder, models.build_classifier, CPU, config)
              for folder in runs.fold_folders(run).values()]
@@ -119,7 +121,7 @@ def test_what_cannot_be_exported_is_said(finished, script, tmp_path, monkeypatch
     for more in (("--tta",), ("--data", tmp_path), ("--save-masks", tmp_path), ("--images", tmp_path)):
         assert "leave --images" in refused(run, "--export", tmp_path / "model.pt2", *more)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install onnx onnxscript onnxruntime" in refused(run, "--export", tmp_path / "model.onnx")
+    assert "pip install onnxscript onnxruntime" in refused(run, "--export", tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -130,10 +132,10 @@ def test_a_file_whose_logits_differ_is_not_kept(finished, script, tmp_path, monk
     monkeypatch.setattr(torch.export, "save", lambda program, handle: handle.write(b"half of it"))
     monkeypatch.setattr(export, "load", lambda *_: lambda image: image.repeat(1, 2, 1, 1))
     status, _, err = script(test, run, "--export", file, "--device", "cpu")
-    assert status == 2 and "not written" in err and "1 x 1 x 16 x 16" in err
+    assert status == 2 and "not written" in err
     monkeypatch.setattr(torch.export, "export", lambda *_, **__: torch.zeros(1)[2:].item())
     status, _, err = script(test, run, "--export", file, "--device", "cpu")
-    assert status == 2 and "cannot export encoder resnet18" in err and err.count("\n") == 1
+    assert status == 2 and "cannot export this network" in err and err.count("\n") == 1
     assert file.read_text() == "the old file" and [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
 
@@ -145,7 +147,7 @@ def test_onnx(arch, script, tmp_path):
     run, file = untrained(tmp_path / "run", arch, 3), tmp_path / "model.onnx"
     status, out, _ = script(test, run, "--export", file, "--device", "cpu")
     assert status == 0 and "checked on" in out
-    exported, own = export.load(file, ".onnx"), network(run)
+    exported, own = export.load(file.read_bytes(), ".onnx"), network(run)
     images = [torch.rand(n, 1, height, width) for n, height, width in SHAPES]
     assert_same(map(exported, images), map(own, images))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "run"]  # no weights beside it
