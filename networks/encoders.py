@@ -224,8 +224,9 @@ def create_classifier(name: str, classes: int, image_size: int, weights: str) ->
         network = create().eval()
         with torch.no_grad():
             network(torch.zeros(1, 3, image_size, image_size))
-        patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
-        if image_size % torch.tensor(patch).max():
+        patches = getattr(network, "patch_embed", None)
+        patch = torch.tensor(getattr(patches, "patch_size", 1)).max()
+        if image_size % patch:
             raise ValueError(f"it is no multiple of its patches of {patch}")
     except Exception as error:  # each of timm's networks has its own kind
         reason = one_line(error, 200)

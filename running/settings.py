@@ -167,7 +167,7 @@ def go_on(parser: Parser, out: Path, saved: dict) -> None:
     flags = vars(parser.parse_args([]))
     parser.set_defaults(**{name: saved[name] for name in flags if name in saved and name not in ("workers", "fold")})
     parser.set_defaults(out=out)
-    if saved["device"] not in devices():
+    if saved["device"] not in devices() or saved["amp"] not in PRECISIONS:
         parser.set_defaults(device="auto", amp="auto")
 
 
