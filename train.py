@@ -289,7 +289,8 @@ def choose_folds(records: list[Record], classes: list[str], args: Namespace) -> 
     note([f"class {name} has no training image: it cannot be learnt and counts as missed"
           for name in classes if name not in learnt])
     unlabelled = sum(not record.labels for record in train)
-    note([f"{unlabelled} training images have no label: they are taken as of none of the classes"] * bool(unlabelled))
+    if unlabelled:
+        note([f"{unlabelled} training images have no label: they are taken as of none of the classes"])
     everyone = np.arange(len(train))
     if args.folds == 1:
         return train + validation, [(everyone, len(train) + np.arange(len(validation)))]

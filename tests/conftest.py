@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,6 +59,16 @@ def write_folder(folder, splits=("train",) * 4 + ("validation",) * 2 + ("test",)
         rows.append(f"field{i}.png,labels{i}.png,{split}")
     (folder / "segmentation.csv").write_text("\n".join(rows) + "\n")
     return folder
+
+
+def randomise_batchnorm(model):
+    """Statistics and factors that are not the neutral ones: a swapped or forgotten one shows in the logits."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
 
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}

@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomise_batchnorm
 from torch import nn
 
 import models
@@ -34,15 +35,6 @@ def small_segmenter(arch):
     model = models.build_segmenter(arch, "test_efficientnet", depth=3, decoder_channels=(16, 12, 8))
     randomise_batchnorm(model)
     return model
-
-
-def randomise_batchnorm(model):
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.normal_(layer.bias, 0, 0.2)
-            layer.running_mean.normal_(0, 0.2)
-            layer.running_var.uniform_(0.5, 2)
 
 
 def assert_same_logits(model, other, size=(50, 64)):

@@ -5,7 +5,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, randomise_batchnorm
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -15,16 +15,6 @@ from running.process import InputError
 
 PAPER_ENCODERS = ["resnet18", "resnet34", "resnet50", "resnet101"] + [f"efficientnet_b{i}" for i in range(8)]
 SMALLER = PAPER_ENCODERS[:-4] + [pytest.param(name, marks=pytest.mark.slow) for name in PAPER_ENCODERS[-4:]]
-
-
-def randomise_batchnorm(model):
-    """Statistics and factors that are not the neutral ones: a swapped or forgotten one shows in the logits."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 2)
 
 
 def reference(arch, encoder, depth=3, in_channels=1):
