@@ -2,7 +2,6 @@
 
     python data.py synthetic OUT                write the built-in synthetic set
     python data.py dsb2018 STAGE1_TRAIN OUT     import the Data Science Bowl 2018 download (its fluorescence images)
-    python data.py dedl-csv CSV [IMAGES] OUT    import the paper's csv (file,label) with the images it names
     python data.py check DIR                    report what a data folder holds, and what is wrong with it
 
 Segmentation: image (C, H, W) float32 in [0, 1], mask (H, W) of 0 and 1.
@@ -11,7 +10,6 @@ Classification: image (3, S, S) uint8, labels (classes,) of 0 and 1.
 import glob
 import math
 import random
-from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from images import folders, manifests, reading
-from images.manifests import Field, Record
+from images.manifests import Field
 from running import process
 from running.process import InputError, progress
 
@@ -46,10 +44,6 @@ def seeded(*numbers: int):
         yield
 
 
-def transposed(image: torch.Tensor) -> torch.Tensor:
-    return image.transpose(-2, -1)
-
-
 def tile_augmentation(recipe: str, tile: int) -> v2.Compose:
     """Return what changes a tile's image and mask alike, masks to the nearest pixels. paper: the notebooks'; zeros in
     the corners. short: tiles come with a margin, from which the corners are filled."""
@@ -64,7 +58,8 @@ def tile_augmentation(recipe: str, tile: int) -> v2.Compose:
         v2.CenterCrop(tile),
         v2.RandomHorizontalFlip(),
         v2.RandomVerticalFlip(),
-        v2.RandomApply([v2.Lambda(transposed)], p=0.5),  # with both flips: all eight ways to lay a square
+        # a transposition in half of the cases: with both flips all eight ways to lay a square
+        v2.RandomApply([v2.Lambda(partial(torch.transpose, dim0=-2, dim1=-1))], p=0.5),
     ])
 
 
@@ -90,18 +85,21 @@ IMAGE_AUGMENTATIONS = {
 
 
 # ------------------------------------------------------------------------------------------------ segmentation: tiles
-def read_fields(records: list[Record], channels: tuple = ("DAPI",), what: str = "images") -> list[Field]:
+def read_fields(
+    records: list,
+    channels: tuple = ("DAPI",),
+    what: str = "images",
+) -> list:
     """Read the records' images and masks into memory, in their order. Raises InputError, also where images differ in
     their number of channels or their stains."""
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
         read = pool.map(lambda record: manifests.read_field(record, channels), records)
         fields = list(progress(read, f"reading {what}", total=len(records)))
-    usual = Counter(len(field.image) for field in fields).most_common(1)[0][0]
-    first = next(field for field in fields if len(field.image) == usual)
+    first = fields[0]
     for field in fields:
-        if len(field.image) != usual:
+        if len(field.image) != len(first.image):
             raise InputError(f"{field.record.image}: has {len(field.image)} channels, {first.record.image.name} has "
-                             f"{usual}; all images of a data folder must have as many")
+                             f"{len(first.image)}; all images of a data folder must have as many")
         if stains(channels, field.channels) != stains(channels, first.channels):
             raise InputError(f"{field.record.image}: the pages {', '.join(channels)} (--channel) are "
                              f"{', '.join(field.channels)}, in {first.record.image.name} {', '.join(first.channels)}; "
@@ -112,9 +110,7 @@ def read_fields(records: list[Record], channels: tuple = ("DAPI",), what: str = 
 def stains(asked: tuple, found: tuple) -> tuple:
     """Return the names to look for in further images, of `asked` pages that were named `found`. A page that was asked
     for by its number goes by its name from then on, if it has one."""
-    if found in (reading.GREY, reading.COLOURED):
-        return tuple(asked)
-    return tuple(name if number.isdecimal() else number for number, name in zip(asked, found))
+    return asked if found in (reading.GREY, reading.COLOURED) else found
 
 
 class Crops(Dataset):
@@ -124,7 +120,14 @@ class Crops(Dataset):
     many passes the indices hold.
     """
 
-    def __init__(self, fields: list[Field], tile: int, seed: int = 0, recipe: str = "short", passes: int = 1):
+    def __init__(
+        self,
+        fields: list,
+        tile: int,
+        seed: int = 0,
+        recipe: str = "short",
+        passes: int = 1,
+    ):
         self.fields = fields
         self.tile = tile
         self.seed = seed
@@ -159,7 +162,7 @@ class Crops(Dataset):
         return self.fields[self.places[index % len(self.places)][0]].record.image
 
 
-def random_tile(field: Field, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_tile(field: Field, tile: int) -> tuple:
     """Return a random tile, image (C, S, S) float32 and mask (S, S) uint8, with the margin that a rotation needs: S is
     tile * (cos + sin) of the largest angle. Beyond the border the image is mirrored."""
     angle = math.radians(ROTATION)
@@ -178,7 +181,7 @@ def mirrored_window(size: int, tile: int, margin: int) -> torch.Tensor:
     return torch.minimum(index, period - index).clamp(max=size - 1)
 
 
-def padded_tile(field: Field, top: int, left: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_tile(field: Field, top: int, left: int, tile: int) -> tuple:
     """Return the tile at (top, left), as the authors' notebooks cut it: zeros beyond the border."""
     rows = slice(top, top + tile)
     columns = slice(left, left + tile)
@@ -202,7 +205,7 @@ class ImagesOnDisk:
     """The records' images by index, uint8 (3, size, size), read and resized at each access. They are stretched to a
     square, as in the paper, so that nothing is cut off. interpolation: "bicubic", "bilinear" or "nearest"."""
 
-    def __init__(self, records: list[Record], size: int, interpolation: str):
+    def __init__(self, records: list, size: int, interpolation: str):
         self.records = records
         self.size = size
         self.interpolation = v2.InterpolationMode(interpolation)
@@ -215,7 +218,7 @@ class ImagesOnDisk:
         return v2.functional.resize(image, [self.size, self.size], self.interpolation, antialias=True)
 
 
-def read_labelled(records: list[Record], classes: list[str], size: int, interpolation: str = "bicubic",
+def read_labelled(records: list, classes: list, size: int, interpolation: str = "bicubic",
                   what: str = "images") -> Labelled:
     """Return the records as Labelled, size x size pixels. The images are read once, into one tensor; if that would take
     more than IMAGE_MEMORY they stay on disk. Raises InputError, also for a label that is none of the classes."""
@@ -239,7 +242,13 @@ class AugmentedImages(Dataset):
     """Training images of a Labelled: uint8 (3, S, S), augmented, and their truth (classes,) float32. chosen: the
     indices that an epoch goes through."""
 
-    def __init__(self, labelled: Labelled, chosen: np.ndarray, seed: int = 0, recipe: str = "paper"):
+    def __init__(
+        self,
+        labelled: Labelled,
+        chosen: np.ndarray,
+        seed: int,
+        recipe: str,
+    ):
         self.labelled = labelled
         self.chosen = chosen
         self.seed = seed
@@ -259,7 +268,7 @@ class AugmentedImages(Dataset):
         return self.labelled.records[self.chosen[place]].image
 
 
-def make_folds(records: list[Record], count: int, seed: int = 77) -> list[list[int]]:
+def make_folds(records: list, count: int, seed: int = 77) -> list:
     """Split records into `count` folds, lists of indices. Patients stay whole, and each fold gets, as well as that
     allows, the same number of images, of each label, and of each set of labels. Raises InputError if there are too few.
 
@@ -290,7 +299,7 @@ def make_folds(records: list[Record], count: int, seed: int = 77) -> list[list[i
 
 
 # --------------------------------------------------------------------------------------------------------- new images
-def find_images(paths: Iterable) -> list[Path]:
+def find_images(paths: Iterable) -> list:
     """Return the image files that paths name: files, folders and patterns like "a/*.tif", of which all images are
     taken, but not the masks beside inForm's. Raises InputError for a path that names none."""
     found = []

@@ -41,7 +41,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
-PUBLISHED_CLASS_WEIGHTS = (0.1479, 0.8521)  # notebooks of the paper: 14.79 % of the private set's pixels are nucleus
+# notebooks of the paper; 14.79 % of the private set's pixels are nucleus
+PUBLISHED_CLASS_WEIGHTS = {"background": 0.1479, "nucleus": 0.8521}
 PUBLISHED_PHENOTYPE_WEIGHTS = {
     "b": 0.9475,
     "tfh": 0.4934,
@@ -125,7 +126,8 @@ class ConvAPP(nn.Module):
         classes = torch.arange(logits.shape[1], device=truth.device)[:, None, None]
         one_hot = (truth[:, None] == classes).float()                                  # (N, C, H, W)
         embedding = self.autoencoder.encode(one_hot)                                   # (N, E, H/8, W/8)
-        own = cross_entropy(self.autoencoder.decode(embedding, truth.shape[-2:]).float(), truth)
+        reconstruction = self.autoencoder.decode(embedding, truth.shape[-2:])          # (N, C, H, W)
+        own = F.cross_entropy(reconstruction.float(), truth)
         target = embedding.detach().float()
         self.autoencoder.requires_grad_(False)  # the gradient passes through E to the logits and stops there
         apart = self.autoencoder.encode(logits.softmax(1)).float() - target            # (N, E, H/8, W/8)
@@ -153,11 +155,16 @@ class LinearAPP(nn.Module):
         self.autoencoder = RowAutoencoder(width, activation)
 
     def forward(self, logits, truth, class_weights=None):
-        penalty = cross_entropy(self.autoencoder(logits).float(), truth, class_weights)
+        penalty = F.cross_entropy(self.autoencoder(logits).float(), truth, class_weights)
         return penalty, torch.zeros_like(penalty)
 
 
-def build_app(form: str, width: int, classes: int = 2, activation: str = "gelu") -> nn.Module | None:
+def build_app(
+    form: str,
+    width: int,
+    classes: int = 2,
+    activation: str = "gelu",
+) -> nn.Module | None:
     """Return the APP module of `form` ("conv" or "linear"; None for "none") for training tiles `width` pixels wide."""
     if form == "none":
         return None
@@ -167,20 +174,10 @@ def build_app(form: str, width: int, classes: int = 2, activation: str = "gelu")
 def app_optimizer(app: nn.Module) -> torch.optim.Optimizer:
     """Return the autoencoder's own optimizer, as published and under every recipe: Adam, 1e-3, constant, no weight
     decay."""
-    on_mps = next(app.parameters()).device.type == "mps"
-    return torch.optim.Adam(app.parameters(), lr=1e-3, fused=not on_mps)
+    return torch.optim.Adam(app.parameters(), lr=1e-3, fused=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
-def cross_entropy(logits, truth, class_weights=None) -> torch.Tensor:
-    """Return F.cross_entropy, the weighted mean, of logits (N, C, H, W) and truth (N, H, W). A GPU sums it in the order
-    in which its threads come; where deterministic algorithms are asked for, the pixels' losses are summed after."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return F.cross_entropy(logits, truth, class_weights)
-    loss = F.cross_entropy(logits, truth, class_weights, reduction="none")             # (N, H, W)
-    return loss.mean() if class_weights is None else loss.sum() / class_weights[truth].sum()
-
-
 class FocalLoss(nn.Module):
     """Focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5) of multi-label logits, mean over images and classes:
 
@@ -214,17 +211,24 @@ def inverse_frequency_weights(counts: list[int]) -> list[float]:
     [0.2, 1] (notebooks of the paper). The commonest class gets 0.2, the rarest 1; all 1 if they are equally common.
     A class without an image gets 1 and has no part in the others' weights."""
     inverse = [1 / count for count in counts if count]
-    low, high = min(inverse, default=0), max(inverse, default=0)
-    return [0.2 + 0.8 * (1 / count - low) / (high - low) if count and high > low else 1.0 for count in counts]
+    low = min(inverse, default=0)
+    high = max(inverse, default=0)
+    weights = []
+    for count in counts:
+        if count and high > low:
+            weights.append(0.2 + 0.8 * (1 / count - low) / (high - low))
+        else:
+            weights.append(1.0)
+    return weights
 
 
-def balanced_class_weights(nucleus_fraction: float) -> tuple[float, float]:
-    """Return (background, nucleus) weights of the cross-entropy: each class weighs what the other's share of the pixels
+def balanced_class_weights(nucleus_fraction: float) -> list[float]:
+    """Return [background, nucleus] weights of the cross-entropy: each class weighs what the other's share of the pixels
     is, in (0, 1).
 
     That is inverse frequency scaled to sum 1. The published 0.1479, 0.8521 are this formula's for the private set.
     """
-    return nucleus_fraction, 1 - nucleus_fraction
+    return [nucleus_fraction, 1 - nucleus_fraction]
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
@@ -266,12 +270,16 @@ def segmentation_scores(counts: torch.Tensor) -> dict:
     }
 
 
-def classification_scores(predicted: torch.Tensor, truth: torch.Tensor, names: list[str]) -> dict:
+def classification_scores(
+    predicted: torch.Tensor,
+    truth: torch.Tensor,
+    names: list[str],
+) -> dict:
     """Return scores in [0, 1] of multi-label predictions: predicted and truth (images, C), bool; names of C classes.
 
     micro pools the decisions of all classes (the published code's "F1" is recall_micro), macro is the mean over all
     classes. 0 / 0 counts as 0, as in scikit-learn: a class without a single image (support 0) has F1 0 and lowers the
-    macro scores; f1_macro_present leaves such classes out. subset_accuracy: the share of images whose labels are all
+    macro scores. subset_accuracy: the share of images whose labels are all
     right. per_class: {name: {precision, recall, f1, support}}.
     """
     predicted = torch.as_tensor(predicted).bool()
@@ -285,7 +293,6 @@ def classification_scores(predicted: torch.Tensor, truth: torch.Tensor, names: l
     of_class = _precision_recall_f1(tp, found, support)                                 # {name: (C,)}
     for name, values in of_class.items():
         scores[f"{name}_macro"] = values.mean().item()
-    scores["f1_macro_present"] = (of_class["f1"].sum() / (support > 0).sum().clamp(min=1)).item()
     scores["subset_accuracy"] = (predicted == truth).all(1).double().mean().item()
     scores["images"] = len(truth)
     scores["per_class"] = {}
@@ -302,23 +309,3 @@ def _precision_recall_f1(tp, found, support):
         "recall": tp / support.clamp(min=1),
         "f1": 2 * tp / (found + support).clamp(min=1),
     }
-
-
-def best_thresholds(probabilities: torch.Tensor, truth: torch.Tensor) -> list[float]:
-    """Return the threshold of each class, in (0, 1), with the best F1 of that class: probabilities, truth (images, C).
-
-    Tried are the middles between neighbouring probabilities; of equally good ones the nearest to 0.5 is taken. A class
-    without a single image, or in all images, keeps 0.5. Choose them on images that neither trained the network nor
-    test it.
-    """
-    thresholds = []
-    for p, y in zip(probabilities.double().T, truth.bool().T):
-        values = p.unique()                                                             # sorted
-        middles = (values[1:] + values[:-1]) / 2
-        tried = torch.cat([torch.tensor([0.5]), middles])
-        found = p > tried[:, None]                                                      # (thresholds, images)
-        f1 = _precision_recall_f1((found & y).sum(1), found.sum(1), y.sum())["f1"]
-        best = tried[f1 >= f1.max() - 1e-12]
-        nearest = best[(best - 0.5).abs().argmin()].item()
-        thresholds.append(nearest if 0 < y.sum() < len(y) else 0.5)
-    return thresholds

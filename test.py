@@ -31,7 +31,7 @@ from running.compute import PRECISIONS, Compute, choose_compute
 from running.process import InputError, progress
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list | None = None) -> None:
     args = parse_args(argv)
     folders = args.runs or [runs.newest_run("best.pt")]
     # settings are chosen by a comparison: then the test rows stay unseen, unless one asks for them
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{len(failed)} of {len(folders)} runs cannot be measured; {failed[0]}")
 
 
-def parse_args(argv: list[str] | None) -> Namespace:
+def parse_args(argv: list | None) -> Namespace:
     parser = process.Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="folders of trained runs [the newest in runs/]")
@@ -94,7 +94,13 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return args
 
 
-def test(run: Path, config: dict, compute: Compute, args: Namespace, brief: bool) -> dict | None:
+def test(
+    run: Path,
+    config: dict,
+    compute: Compute,
+    args: Namespace,
+    brief: bool,
+) -> dict | None:
     """Measure a run, or predict new images by it. Return its scores; print them, in one line if `brief`."""
     if config["task"] == "seg":
         if args.images:
@@ -109,7 +115,7 @@ def test(run: Path, config: dict, compute: Compute, args: Namespace, brief: bool
     return test_classification(run, config, compute, args, brief)
 
 
-def find_split(config: dict, args: Namespace) -> tuple[Path, list[Record]]:
+def find_split(config: dict, args: Namespace) -> tuple:
     """Return the data folder and its records of the split that is asked for. Raises InputError where there are none."""
     folder = args.data or Path(config["data"])
     needs_validation = config.get("folds", 1) == 1
@@ -125,7 +131,13 @@ def title(run: Path, folder: Path, args: Namespace) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- segmentation
-def test_segmentation(run: Path, config: dict, compute: Compute, args: Namespace, brief: bool) -> dict:
+def test_segmentation(
+    run: Path,
+    config: dict,
+    compute: Compute,
+    args: Namespace,
+    brief: bool,
+) -> dict:
     """Predict a split by a run's best network; print and write what is found. Return the scores."""
     # 1. the network, the images, where files go
     model = runs.load_best(run, models.build_segmenter, compute, config)
@@ -144,12 +156,10 @@ def test_segmentation(run: Path, config: dict, compute: Compute, args: Namespace
     # 3. numbers, a figure
     runs.save_json({**scores, "tta": args.tta, "split": args.split, "data": str(folder)}, run / f"{args.split}.json")
     ious = [dedl.image_iou(c) for c in counts]
-    order = sorted(range(len(ious)), key=lambda i: -ious[i])
-    shown = {}  # of few images one is several of these
-    for name, i in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        shown.setdefault(i, []).append(name)
-    rows = [(f"{', '.join(names)}: IoU {ious[i]:.3f}", fields[i], masks[i]) for i, names in shown.items()]
-    figures.save_sheet(rows, run / f"{args.split}.png")
+    order = sorted(range(len(ious)), key=ious.__getitem__)
+    shown = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
+    rows = [(f"{name}: IoU {ious[i]:.3f}", fields[i], masks[i]) for name, i in shown.items()]
+    figures.save_samples(rows, run / f"{args.split}.png")
     if brief:
         print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}", flush=True)
         return scores
@@ -159,7 +169,7 @@ def test_segmentation(run: Path, config: dict, compute: Compute, args: Namespace
     return scores
 
 
-def channels_of(config: dict, args: Namespace) -> tuple[str, ...]:
+def channels_of(config: dict, args: Namespace) -> tuple:
     """Return the names of the stains to look for."""
     if args.channel:
         return reading.channel_names(args.channel)
@@ -176,50 +186,46 @@ def check_channels(field: manifests.Field, run: Path, config: dict) -> None:
 def save_prediction(mask: torch.Tensor, probability: torch.Tensor, mask_file: Path | None,
                     probability_file: Path | None) -> None:
     """Write a mask (H, W) and the probability of the nucleus (H, W), each where a file is given."""
-    if mask_file:
-        save_png(mask.numpy().astype(np.uint8) * 255, mask_file)
-    if probability_file:
-        save_png((probability * 65535).round().numpy().astype(np.uint16), probability_file)
+    grey = mask.numpy().astype(np.uint8) * 255
+    fine = (probability * 65535).round().numpy().astype(np.uint16)
+    for array, file in ((grey, mask_file), (fine, probability_file)):
+        if file:
+            with process.replacing(file) as handle:
+                Image.fromarray(array).save(handle, "PNG")
 
 
-def save_png(array: np.ndarray, file: Path) -> None:
-    with process.replacing(file) as handle:
-        Image.fromarray(array).save(handle, "PNG")
-
-
-def output_files(records: list[Record], args: Namespace, earlier=()) -> dict[Path, list]:
+def output_files(records: list, args: Namespace, earlier=()) -> dict:
     """Return {image: [file of its mask, file of its probability]}, DIR/<image stem>.png of the flags' DIRs or None, and
-    make these folders. earlier: images whose masks are there. Raises InputError if two would be one file, or one might
-    overwrite data."""
-    folders = {"--save-masks": args.save_masks, "--save-probabilities": args.save_probabilities}
+    make these folders. earlier: images whose masks are there. Raises InputError if two images would go into one file,
+    or one might overwrite data."""
     inputs = {path.resolve().parent for record in records for path in (record.image, record.mask) if path}
-    owners = {args.save_masks / f"{Path(image).stem}.png": ("--save-masks", image) for image in earlier}
-    files = {record.image: [] for record in records}
-    for flag, folder in folders.items():
-        if folder and folder.resolve() in inputs:
-            raise InputError(f"{flag} {folder}: holds images or masks of the data; give another folder")
-        for image in files:
-            file = folder and folder / f"{image.stem}.png"
-            files[image].append(file)
-            owner = (flag, os.path.abspath(image))
-            other = owners.setdefault(file, owner) if file else owner
-            if other != owner:
-                raise InputError(f"{flag} {folder}: {' '.join(other)} and {image} would both go into {file}; give them "
-                                 f"to two commands, each with a folder of its own")
-    for folder in filter(None, folders.values()):
+    folders = (args.save_masks, args.save_probabilities)
+    for folder in filter(None, folders):
+        if folder.resolve() in inputs:
+            raise InputError(f"--save-masks or --save-probabilities {folder}: holds images or masks already; give "
+                             f"another folder")
+        inputs.add(folder.resolve())
+    owners = {Path(image).stem: image for image in earlier}
+    files = {}
+    for record in records:
+        stem = record.image.stem
+        files[record.image] = [folder and folder / f"{stem}.png" for folder in folders]
+        other = owners.setdefault(stem, record.name)
+        if other != record.name and any(folders):
+            raise InputError(f"{other} and {record.name} would both go into {stem}.png; give them to two commands, "
+                             f"each with a folder of its own")
+    for folder in filter(None, folders):
         folder.mkdir(parents=True, exist_ok=True)
     return files
 
 
-def read_table(file: Path, header: list[str]) -> dict[str, list]:
+def read_table(file: Path, header: list) -> dict:
     """Return {image: row} of a table with this header that earlier calls wrote, {} where there is none. Raises
-    InputError, so that no other table is overwritten."""
+    InputError for other tables."""
     if not file.is_file():
         return {}
     rows = [row for _, row in manifests.read_csv(file, header, ",".join(header))]
-    if list(rows[0]) != header:
-        raise InputError(f"{file}: has other columns than {', '.join(header)}; move it away")
-    return {row["image"]: list(row.values()) for row in rows}
+    return {row["image"]: [row[name] for name in header] for row in rows}
 
 
 def predict_masks(run: Path, config: dict, compute: Compute, args: Namespace) -> None:
@@ -259,12 +265,12 @@ def predict_masks(run: Path, config: dict, compute: Compute, args: Namespace) ->
     refuse_unreadable(unreadable, records)
 
 
-def new_records(args: Namespace) -> list[Record]:
+def new_records(args: Namespace) -> list:
     """Return records of the images that --images names, without a truth."""
     return [Record(path, "test", name=os.path.abspath(path)) for path in data.find_images(args.images)]
 
 
-def refuse_unreadable(unreadable: list[str], records: list[Record]) -> None:
+def refuse_unreadable(unreadable: list, records: list) -> None:
     """Print which images could not be read, and raise InputError if there is one."""
     for line in unreadable[1:]:  # the first follows
         print(line)
@@ -280,12 +286,17 @@ COLUMNS = {  # of the printed table
     "f1_macro": "macro F1",
     "precision_macro": "precision",
     "recall_macro": "recall",
-    "f1_macro_present": "F1 present",
     "subset_accuracy": "all right",
 }
 
 
-def test_classification(run: Path, config: dict, compute: Compute, args: Namespace, brief: bool) -> dict:
+def test_classification(
+    run: Path,
+    config: dict,
+    compute: Compute,
+    args: Namespace,
+    brief: bool,
+) -> dict:
     """Measure each fold and their ensemble on a split; print and write what is found. Return the ensemble's scores."""
     # 1. probabilities of the folds and of their ensemble
     folder, records = find_split(config, args)
@@ -295,34 +306,26 @@ def test_classification(run: Path, config: dict, compute: Compute, args: Namespa
     of_fold = predict_by_folds(run, config, labelled.images, compute, args)                    # {fold: (N, classes)}
     ensemble = torch.stack(list(of_fold.values())).mean(0)
 
-    # 2. scores at 0.5; beside them at the thresholds that the validation parts of all folds together choose; and what
-    # comes of guesses that look at no image
+    # 2. scores; beside them those of guesses that look at no image
     def scores_of(found):
         return dedl.classification_scores(found.expand(labelled.truth.shape), labelled.truth, classes)
 
-    val_probabilities, val_truth = validation_parts(run, classes)
-    thresholds = dedl.best_thresholds(val_probabilities, val_truth)
-    commonest = torch.arange(len(classes)) == val_truth.sum(0).argmax()
+    folds = {f"fold{number}": scores_of(probabilities > 0.5) for number, probabilities in of_fold.items()}
+    table = torch.tensor([[scores[name] for name in COLUMNS] for scores in folds.values()], dtype=torch.float64)
+    at_half = scores_of(ensemble > 0.5)
+    commonest = torch.arange(len(classes)) == labelled.truth.sum(0).argmax()
     guesses = {
         "commonest label": scores_of(commonest),
         "all labels": scores_of(torch.ones_like(commonest)),
     }
-    folds = {f"fold{number}": scores_of(probabilities > 0.5) for number, probabilities in of_fold.items()}
-    at_half = scores_of(ensemble > 0.5)
-    tuned = scores_of(ensemble > torch.tensor(thresholds))
-    table = torch.tensor([[scores[name] for name in COLUMNS] for scores in folds.values()], dtype=torch.float64)
-    mean = dict(zip(COLUMNS, table.mean(0).tolist()))
-    deviation = dict(zip(COLUMNS, table.std(0).tolist())) if len(folds) > 1 else None  # one fold alone has none
 
     # 3. files: the ensemble's scores stand at the top level, as a segmentation's do
     measured = {
         **at_half,
         "ensemble": at_half,
         "folds": folds,
-        "mean": mean,
-        "std": deviation,
-        "thresholds": dict(zip(classes, thresholds)),
-        "ensemble_at_thresholds": tuned,
+        "mean": dict(zip(COLUMNS, table.mean(0).tolist())),
+        "std": dict(zip(COLUMNS, table.std(0).tolist())) if len(folds) > 1 else None,  # one fold alone has none
         "guesses": guesses,
         "tta": args.tta,
         "split": args.split,
@@ -335,36 +338,26 @@ def test_classification(run: Path, config: dict, compute: Compute, args: Namespa
         print(f"{title(run, folder, args)}: micro F1 {at_half['f1_micro']:.4f} of {len(folds)} folds", flush=True)
     else:
         print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds")
-        print_scores(measured, run)
+        print_scores(measured)
     return {**at_half, "folds": len(folds)}
 
 
-def print_scores(measured: dict, run: Path) -> None:
+def print_scores(measured: dict) -> None:
     """Print the tables of what test_classification measured."""
-    rows = {}
-    for number, folder in runs.fold_folders(run).items():
-        file = folder / "metrics.csv"  # not there where a kill came in the fold's first epoch
-        epochs = len(file.read_text(errors="replace").splitlines()) - 1 if file.is_file() else 1
-        rows[f"fold{number}, {epochs} epochs"] = measured["folds"][f"fold{number}"]
-    rows["mean"] = measured["mean"]
+    rows = {**measured["folds"], "mean": measured["mean"]}
     if measured["std"]:
         rows["std"] = measured["std"]
     rows["ensemble"] = measured["ensemble"]
-    rows["at thresholds"] = measured["ensemble_at_thresholds"]
-    for name, scores in measured["guesses"].items():
-        rows[f"guess {name}"] = scores
+    rows |= {f"guess {name}": scores for name, scores in measured["guesses"].items()}
     print(f"{'':23}" + "".join(f"{name:>11}" for name in COLUMNS.values()))
     for name, scores in rows.items():
         print(f"  {name:21}" + "".join(f"{scores[column]:11.4f}" for column in COLUMNS))
-    print("  ensemble, by class          F1  precision     recall    support  threshold   F1 there")
-    for name, threshold in measured["thresholds"].items():
-        row = measured["ensemble"]["per_class"][name]
-        tuned = measured["ensemble_at_thresholds"]["per_class"][name]
-        print(f"    {name:19.19}{row['f1']:11.4f}{row['precision']:11.4f}{row['recall']:11.4f}{row['support']:11d}"
-              f"{threshold:11.3f}{tuned['f1']:11.4f}")
+    print("  ensemble, by class          F1  precision     recall    support")
+    for name, row in measured["per_class"].items():
+        print(f"    {name:19.19}{row['f1']:11.4f}{row['precision']:11.4f}{row['recall']:11.4f}{row['support']:11d}")
 
 
-def predict_by_folds(run: Path, config: dict, images, compute: Compute, args: Namespace) -> dict[int, torch.Tensor]:
+def predict_by_folds(run: Path, config: dict, images, compute: Compute, args: Namespace) -> dict:
     """Return {fold: probabilities (N, classes) of the images by its best network} of the folds in a run's folder."""
     found = {}
     for number, folder in runs.fold_folders(run).items():  # one network at a time in memory
@@ -373,29 +366,16 @@ def predict_by_folds(run: Path, config: dict, images, compute: Compute, args: Na
     return found
 
 
-def validation_parts(run: Path, classes: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return probabilities and truth (images, classes) of the validation parts of all folds together. Raises InputError
-    where an image is in two of them: then the folds are not of one cross-validation."""
-    images, probabilities, truth = [], [], []
-    for folder in runs.fold_folders(run).values():
-        part = prediction.load_labels(folder / "validation.csv", classes)
-        images += part[0]
-        probabilities.append(part[1])
-        truth.append(part[2])
-    if len(set(images)) < len(images):
-        twice = next(image for image in images if images.count(image) > 1)
-        raise InputError(f"{run}: {twice} is in the validation part of two folds; they are not of one run")
-    return torch.cat(probabilities), torch.cat(truth)
-
-
 def validation_scores(run: Path, config: dict) -> dict:
     """Return the scores of a cross-validation on all of its training images, each as the fold saw it that did not train
     on it."""
-    probabilities, truth = validation_parts(run, config["classes"])
+    parts = [runs.load_checkpoint(folder / "best.pt", "validation")["validation"]
+             for folder in runs.fold_folders(run).values()]
+    probabilities = torch.cat([part["probabilities"] for part in parts])
+    truth = torch.cat([part["truth"] for part in parts])
     scores = dedl.classification_scores(probabilities > 0.5, truth, config["classes"])
-    folds = len(runs.fold_folders(run))
-    print(f"{run} on the validation parts of its {folds} folds: micro F1 {scores['f1_micro']:.4f}", flush=True)
-    return {**scores, "folds": folds}
+    print(f"{run} on the validation parts of its {len(parts)} folds: micro F1 {scores['f1_micro']:.4f}", flush=True)
+    return {**scores, "folds": len(parts)}
 
 
 def predict_labels(run: Path, config: dict, compute: Compute, args: Namespace) -> None:
@@ -406,16 +386,16 @@ def predict_labels(run: Path, config: dict, compute: Compute, args: Namespace) -
     rows = read_table(table, header)
     records = new_records(args)
     on_disk = data.ImagesOnDisk(records, config["image_size"], encoders.interpolation(config["model"]))
-    images, names, unreadable = [], [], []
+    images = {}
+    unreadable = []
     for i, record in enumerate(progress(records, "reading")):
         try:
-            images.append(on_disk[i])                                                                   # (3, S, S)
-            names.append(record.name)
+            images[record.name] = on_disk[i]                                                            # (3, S, S)
         except InputError as error:
             unreadable.append(str(error))
     if images:
-        folds = list(predict_by_folds(run, config, images, compute, args).values())
-        for name, probabilities in zip(names, torch.stack(folds).mean(0).tolist()):
+        folds = list(predict_by_folds(run, config, list(images.values()), compute, args).values())
+        for name, probabilities in zip(images, torch.stack(folds).mean(0).tolist()):
             rows[name] = [name, *(f"{p:.6f}" for p in probabilities)]
         process.save_csv(table, header, rows.values())
         print(f"{table}: {len(images)} images, mean probabilities of {len(folds)} folds; {len(rows)} in all")

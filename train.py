@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from torch.optim import swa_utils
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
@@ -27,7 +28,6 @@ import data
 import dedl
 import models
 from images import manifests, reading
-from images.manifests import Field, Record
 from networks import encoders, fast
 from running import figures, prediction, process, runs
 from running.compute import Compute, choose_compute
@@ -42,7 +42,7 @@ LESS_MEMORY = "lower --batch-size, then --tile or --image-size; or take a smalle
 START = {"epoch": 0, "best": -1.0, "best_loss": math.inf, "stale": 0, "history": []}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list | None = None) -> None:
     args = parse_args(argv, __doc__)
     process.join(args.device)
     compute = choose_compute(args.device, args.amp)
@@ -51,10 +51,6 @@ def main(argv: list[str] | None = None) -> None:
                          f"at least as many, for BatchNorm better several times as many")
     if args.workers is None:  # on a CPU, loader processes would take the cores from the network
         args.workers = 0 if compute.device.type == "cpu" else min(4, os.cpu_count())
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True, warn_only=True)  # warns of operations that have no such form
-        torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         args.data = args.data or process.from_first(runs.synthetic_folder)
         (train_segmentation if args.task == "seg" else train_classification)(args, compute)
@@ -92,11 +88,11 @@ def train_segmentation(args: Namespace, compute: Compute) -> None:
     model = models.build_segmenter(**setting, weights="none" if resumes else args.weights)
     app = dedl.build_app(args.app, args.tile, activation=args.app_activation)
     parts = make_parts(model, app, args, compute)
-    state = resume(out, parts, setting) if resumes else begin(out, parts)
+    state = begin_or_resume(out, parts, setting)
     weights_used = begun["weights_used"] if resumes else model.weights_used
     config = save_config(args, compute, parts, records, setting=setting, weights_used=weights_used,
                          class_weights_used=class_weights, channels=fields[0].channels,
-                         train_images_used=len(fields), code=runs.code_of(begun, out))
+                         train_images_used=len(fields))
     print(f"{out}: {args.arch}/{args.encoder}, {config['parameters'] / 1e6:.2f} M parameters, APP {args.app}, "
           f"{len(fields)} training and {len(val_fields)} validation images, {tiles_an_epoch} tiles of {args.tile} "
           f"an epoch, {compute}", flush=True)
@@ -110,25 +106,29 @@ def train_segmentation(args: Namespace, compute: Compute) -> None:
         found = prediction.evaluate(fast.for_inference(model), val_fields, compute, class_weights)
         counts, val_loss, probabilities = found
         if process.rank() == 0:
-            figures.save_samples(val_fields, [p > 0.5 for p in probabilities], out / "samples.png")
+            shown = [("validation", field, p > 0.5) for field, p in zip(val_fields, probabilities)]
+            figures.save_samples(figures.evenly(shown, most=4), out / "samples.png")
         row = {
             "train_loss": train_loss,
             "val_loss": val_loss,
             "val_iou": dedl.segmentation_scores(counts)["iou"],
             "app_penalty": penalty,
         }
-        # best.pt: the network and what rebuilds it, nothing of its training: with or without APP it is the same
-        best = {"setting": setting, "model": model.state_dict()}
+        best = {"setting": setting, "model": model.state_dict()}  # with or without APP it is the same
         state = end_epoch(out, state, parts, best, row, "val_iou", started, speed)
     if process.rank() == 0:
         figures.save_curves(state["history"], out / "curves.png")
     print(f"done: best validation IoU {state['best']:.4f}; now: python test.py {out}")
 
 
-def segmentation_losses(app: torch.nn.Module | None, class_weights: torch.Tensor, args: Namespace) -> Callable:
+def segmentation_losses(
+    app: torch.nn.Module | None,
+    class_weights: torch.Tensor,
+    args: Namespace,
+) -> Callable:
     """Return the function of a step's losses: the one that is minimised; cross-entropy and penalty, to be shown."""
     def losses_of(logits, truth, share):
-        cross_entropy = dedl.cross_entropy(logits, truth, class_weights)
+        cross_entropy = F.cross_entropy(logits, truth, class_weights)
         penalty = own = torch.zeros_like(cross_entropy)
         if app:
             penalty, own = app(logits, truth, class_weights)
@@ -139,18 +139,16 @@ def segmentation_losses(app: torch.nn.Module | None, class_weights: torch.Tensor
     return losses_of
 
 
-def load_splits(records: list[Record], args: Namespace) -> tuple[list[Field], list[Field]]:
+def load_splits(records: list, args: Namespace) -> tuple:
     """Read the training and validation images. Raises InputError where there are none."""
     train, validation = train_and_validation(records, args)
     channels = reading.channel_names(args.channel)
     fields = data.read_fields(train + validation, channels, "training and validation images")
-    note([f"{field.record.image}: the image is constant" for field in fields if not field.window().any()])
-    note([f"{field.record.mask}: the mask is empty" for field in fields if not field.mask.any()])
     note(manifests.inverted_masks(fields))
     return fields[:len(train)], fields[len(train):]
 
 
-def segmentation_weights(wish: str | list, fields: list[Field]) -> list[float]:
+def segmentation_weights(wish: str | list, fields: list) -> list:
     """Return [background, nucleus] for the value of --class-weights. Raises InputError where the masks show one class
     alone."""
     nuclei = sum(field.mask.sum().item() for field in fields)
@@ -158,9 +156,8 @@ def segmentation_weights(wish: str | list, fields: list[Field]) -> list[float]:
     if share in (0, 1):
         raise InputError(f"--data: {'every' if share else 'no'} pixel of the {len(fields)} training masks is nucleus; "
                          f"there is nothing to tell apart; check the masks")
-    if wish == "auto":
-        return list(dedl.balanced_class_weights(share))
-    return choose_weights(wish, ["background", "nucleus"], dedl.PUBLISHED_CLASS_WEIGHTS)
+    published = dedl.PUBLISHED_CLASS_WEIGHTS
+    return choose_weights(wish, list(published), published, dedl.balanced_class_weights(share))
 
 
 # ------------------------------------------------------------------------------------------------------- classification
@@ -173,9 +170,7 @@ def train_classification(args: Namespace, compute: Compute) -> None:
     records, lines = manifests.find_records(args.data, args.seed, task="cls", needs_validation=args.folds == 1)
     print(*lines, sep="\n")
     note(manifests.leaks(records))
-    note(manifests.class_notes(records))
     refuse_other_data(args, records, begun)
-    code = runs.code_of(begun, out)
     classes = manifests.class_names(records)
     known, folds = choose_folds(records, classes, args)
     interpolation = encoders.interpolation(args.model)
@@ -185,10 +180,7 @@ def train_classification(args: Namespace, compute: Compute) -> None:
     setting = {"model": args.model, "classes": len(classes), "image_size": args.image_size}
     weights = begun["weights_used"] if begun else args.weights
     scores = []
-    chosen = range(args.folds) if args.fold is None else [args.fold]
-    if begun and args.fold is None and begun.get("fold") is not None:  # begun fold by fold: go on with those there
-        chosen = [number for number in chosen if (out / f"fold{number}").is_dir()]
-    for number in chosen:
+    for number in range(args.folds) if args.fold is None else [args.fold]:
         torch.manual_seed(args.seed * 1000 + number)
         resumes = (out / f"fold{number}" / "last.pt").is_file()
         model = models.build_classifier(**setting, weights="none" if resumes else weights)
@@ -200,11 +192,11 @@ def train_classification(args: Namespace, compute: Compute) -> None:
             weights_used=weights,
             classes=classes,
             train_images_used=len(known if args.folds > 1 else folds[0][0]),
-            code=code,
-            fold=begun.get("fold") if begun else args.fold,
         )
         train, validation = folds[number]
-        class_weights = classification_weights(args.class_weights, classes, labelled.truth[train])
+        counts = labelled.truth[train].sum(0).tolist()
+        class_weights = choose_weights(args.class_weights, classes, dedl.PUBLISHED_PHENOTYPE_WEIGHTS,
+                                       dedl.inverse_frequency_weights(counts))
         listed = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(classes, class_weights))
         print(f"{out}, fold {number}: {args.model}, {config['parameters'] / 1e6:.2f} M parameters, {len(train)} "
               f"training and {len(validation)} validation images of {args.image_size}, {compute}; class weights "
@@ -227,14 +219,11 @@ def train_fold(parts: dict, labelled: data.Labelled, train: np.ndarray, validati
     its best validation micro-F1."""
     # 1. where the fold stands
     out = args.out / f"fold{best['fold']}"
-    resumes = (out / "last.pt").is_file()
-    state = resume(out, parts, best["setting"], best["fold"]) if resumes else begin(out, parts)
+    state = begin_or_resume(out, parts, best["setting"], best["fold"])
     focal = dedl.FocalLoss(gamma=args.gamma, class_weights=best["class_weights"]).to(compute.device)
     images = data.AugmentedImages(labelled, train, args.seed, args.recipe)
     val_records = [labelled.records[i] for i in validation]
     val_truth = labelled.truth[validation]
-    unknown = val_truth.any(0) & ~labelled.truth[train].any(0)
-    note([f"validates {name}, never trained on" for name, new in zip(labelled.classes, unknown) if new])
 
     def losses_of(logits, truth, share):
         loss = focal(logits, truth)
@@ -265,14 +254,17 @@ def train_fold(parts: dict, labelled: data.Labelled, train: np.ndarray, validati
             prediction.save_labels(out / "validation.csv", val_records, labelled.classes, probabilities)
             figures.save_labels(val_records, probabilities.numpy(), val_truth.numpy(), labelled.classes,
                                 out / "samples.png")
-        best["model"] = network.state_dict()
+        best |= {
+            "model": network.state_dict(),
+            "validation": {"probabilities": probabilities, "truth": val_truth},
+        }
         state = end_epoch(out, state, parts, best, row, "val_f1_micro", started, speed)
     if process.rank() == 0:
         figures.save_curves(state["history"], out / "curves.png")
     return state["best"]
 
 
-def choose_folds(records: list[Record], classes: list[str], args: Namespace) -> tuple[list[Record], list[tuple]]:
+def choose_folds(records: list, classes: list, args: Namespace) -> tuple:
     """Return the records that training sees, and for each fold the indices among them that train and that validate.
 
     Without a cross-validation (--folds 1) the only fold validates on the validation rows; else these rows are left for
@@ -288,25 +280,13 @@ def choose_folds(records: list[Record], classes: list[str], args: Namespace) -> 
     learnt = manifests.class_names(train)
     note([f"class {name} has no training image: it cannot be learnt and counts as missed"
           for name in classes if name not in learnt])
-    unlabelled = sum(not record.labels for record in train)
-    if unlabelled:
-        note([f"{unlabelled} training images have no label: they are taken as of none of the classes"])
+    note([f"{record.image}: has no label; it counts as of none of the classes"
+          for record in train if not record.labels])
     everyone = np.arange(len(train))
     if args.folds == 1:
         return train + validation, [(everyone, len(train) + np.arange(len(validation)))]
     folds = data.make_folds(train, args.folds, args.seed)
     return train, [(np.setdiff1d(everyone, fold), np.array(fold)) for fold in folds]
-
-
-def classification_weights(wish: str | list, classes: list[str], truth: torch.Tensor) -> list[float]:
-    """Return a weight a class for the value of --class-weights. truth: labels of the training images (N, classes)."""
-    if wish == "auto":
-        return dedl.inverse_frequency_weights(truth.sum(0).tolist())
-    published = dedl.PUBLISHED_PHENOTYPE_WEIGHTS
-    if wish == "published" and set(classes) != set(published):
-        raise InputError(f"--class-weights published: are those of {', '.join(published)}; the classes here are "
-                         f"{', '.join(classes)}")
-    return choose_weights(wish, classes, [published.get(name) for name in classes])
 
 
 def averages(epoch: int, args: Namespace) -> bool:
@@ -336,16 +316,16 @@ def find_run(args: Namespace, name: str, fold: int | None = None) -> dict | None
     return begun
 
 
-def note(lines: list[str], most: int = 5) -> None:
+def note(lines: list) -> None:
     """Print the lines marked as notes, of many the first ones."""
-    for line in lines[:most]:
+    for line in lines[:5]:
         print(f"  NOTE: {line}")
-    if len(lines) > most:
-        print(f"  NOTE: ... {len(lines) - most} more like that")
+    if len(lines) > 5:
+        print(f"  NOTE: ... {len(lines) - 5} more like that")
 
 
-def train_and_validation(records: list[Record], args: Namespace,
-                         needs_validation: bool = True) -> tuple[list[Record], list[Record]]:
+def train_and_validation(records: list, args: Namespace,
+                         needs_validation: bool = True) -> tuple:
     """Return the training records that --limit-train leaves, drawn by --seed, and the validation records. Raises
     InputError where one of them is missing."""
     train = [record for record in records if record.split == "train"]
@@ -361,16 +341,26 @@ def train_and_validation(records: list[Record], args: Namespace,
     return train, validation
 
 
-def choose_weights(wish: str | list, classes: list[str], published) -> list[float]:
-    """Return a weight a class for a value of --class-weights other than auto."""
-    weights = {"equal": [1.0] * len(classes), "published": published}.get(str(wish), wish)
+def choose_weights(wish: str | list, classes: list, published: dict, automatic: list) -> list:
+    """Return a weight a class for the value of --class-weights. published: {class: weight}; automatic: for auto."""
+    weights = {
+        "auto": automatic,
+        "equal": [1.0] * len(classes),
+        "published": [published[name] for name in classes if name in published],
+    }.get(str(wish), wish)
     if len(weights) != len(classes):
-        raise InputError(f"argument --class-weights: has {len(weights)} numbers; give one for each of "
-                         f"{', '.join(classes)}")
-    return list(weights)
+        raise InputError(f"argument --class-weights: has {len(weights)} numbers for {', '.join(classes)}; give one for "
+                         f"each")
+    return weights
 
 
-def save_config(args: Namespace, compute: Compute, parts: dict, records: list[Record], **found) -> dict:
+def save_config(
+    args: Namespace,
+    compute: Compute,
+    parts: dict,
+    records: list,
+    **found,
+) -> dict:
     """Write config.json, and the folder for it: the settings and what they led to. Return it."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     rows_of = Counter(record.split for record in records)
@@ -380,6 +370,7 @@ def save_config(args: Namespace, compute: Compute, parts: dict, records: list[Re
         "parameters": sum(weight.numel() for weight in parts["model"].parameters()),
         "images": {split: rows_of[split] for split in manifests.SPLITS},
         "rows": digest(records),
+        "code": runs.code_digest(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -388,7 +379,6 @@ def save_config(args: Namespace, compute: Compute, parts: dict, records: list[Re
         },
         "threads": torch.get_num_threads(),
         "processes": process.world(),
-        "machine": platform.machine(),
     }
     if process.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -396,14 +386,18 @@ def save_config(args: Namespace, compute: Compute, parts: dict, records: list[Re
     return config
 
 
-def make_parts(model: torch.nn.Module, app: torch.nn.Module | None, args: Namespace, compute: Compute) -> dict:
+def make_parts(
+    model: torch.nn.Module,
+    app: torch.nn.Module | None,
+    args: Namespace,
+    compute: Compute,
+) -> dict:
     """Return what a training consists of, on the device: all that last.pt keeps."""
     fast.speed_up(model.to(compute.device, memory_format=torch.channels_last))
     adam = torch.optim.Adam if args.recipe == "paper" else torch.optim.AdamW
-    fused = compute.device.type != "mps"
     parts = {
         "model": model,
-        "optimizer": adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=fused),
+        "optimizer": adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True),
         "scaler": compute.scaler(),
     }
     if app:
@@ -438,14 +432,13 @@ def make_loader(dataset: data.Crops | data.AugmentedImages, count: int, args: Na
 
 
 def unfinished(state: dict, args: Namespace) -> bool:
-    stopped = args.patience and state["stale"] >= args.patience
-    if args.task == "cls" and args.swa and not averages(state["epoch"] - 1, args):
-        stopped = False  # there is no average yet
+    waits_for_average = args.task == "cls" and args.swa
+    stopped = args.patience and state["stale"] >= args.patience and not waits_for_average
     return state["epoch"] < args.epochs and not stopped
 
 
 def train_epoch(parts: dict, loader: DataLoader, losses_of: Callable, compute: Compute, state: dict,
-                args: Namespace) -> tuple[list[float], float]:
+                args: Namespace) -> tuple:
     """Go once over the loader. losses_of(logits, truth, share) gives the loss that is minimised and the losses to be
     shown. Return the means of the latter, and the speed in images/s. Raises InputError where a loss is not finite."""
     # dropout and its like draw anew in each epoch, so that a resumed run draws the same
@@ -522,11 +515,8 @@ def is_better(state: dict, row: dict, score: str) -> bool:
 def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score: str, started: float,
               speed: float) -> dict:
     """Save what an epoch leaves: best.pt where its `score` is the best so far, last.pt, metrics.csv. Return the new
-    state. Raises InputError, and saves nothing, if the validation failed."""
+    state."""
     epoch = state["epoch"] + 1
-    if not math.isfinite(row["val_loss"]):
-        raise InputError(f"the validation loss is not finite after epoch {epoch}, though training was; lower --lr or "
-                         f"use --amp off; nothing of this epoch was saved")
     better = is_better(state, row, score)
     first = {name: row[name] for name in ("train_loss", "val_loss", score)}
     row = {
@@ -544,43 +534,27 @@ def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score:
             runs.save_checkpoint({**best, "epoch": epoch, score: row[score]}, out / "best.pt")
         last = {name: part.state_dict() for name, part in parts.items()}
         last |= {"state": state, "setting": best["setting"], "fold": best.get("fold")}
+        process.save_csv(out / "metrics.csv", list(row), [values.values() for values in state["history"]])
         runs.save_checkpoint(last, out / "last.pt")
-        save_history(state, out)
     print(f"epoch {epoch:3d}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  {score} "
           f"{row[score]:.4f}{' *' if better else '  '}  {speed:.1f} images/s  {row['seconds']:.0f} s", flush=True)
     return state
 
 
-def save_history(state: dict, out: Path) -> None:
-    """Write metrics.csv."""
-    rows = state["history"]
-    process.save_csv(out / "metrics.csv", list(rows[0]), [row.values() for row in rows])
-
-
-def claim(out: Path) -> None:
-    """Keep the folder of a run or a fold for this process, and remove what a kill left half written there. Raises
-    InputError if another process is training into it."""
+def begin_or_resume(
+    out: Path,
+    parts: dict,
+    setting: dict,
+    fold: int | None = None,
+) -> dict:
+    """Return the state of the loop, a new one or, with everything put where last.pt left it, of one that goes on."""
     if process.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if not process.hold(out):
-            raise InputError(f"--out {out}: another process is training into it; wait, or give another")
-        for file in out.glob("*.[0-9]*.tmp"):
+        for file in out.glob(".*.tmp"):  # what a kill left half written
             file.unlink()
-
-
-def begin(out: Path, parts: dict) -> dict:
-    """Return the state of a new loop; all processes get the first one's weights."""
-    claim(out)
-    first = float(process.rank() == 0)
-    process.combine([weight.data for weight in trained(parts).parameters()], first)
-    process.combine(trained(parts).buffers(), first)
-    return START
-
-
-def resume(out: Path, parts: dict, setting: dict, fold: int | None = None) -> dict:
-    """Put everything where last.pt left it. Return the state of the loop."""
-    claim(out)
     file = out / "last.pt"
+    if not file.is_file():
+        return START
     last = runs.load_checkpoint(file, *parts, "state", "setting", "fold")
     runs.check_setting(file, last, {"setting": setting, "fold": fold})
     try:
@@ -589,8 +563,6 @@ def resume(out: Path, parts: dict, setting: dict, fold: int | None = None) -> di
                 part.load_state_dict(last[name])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{file}: does not fit the settings in config.json beside it") from error
-    if process.rank() == 0:
-        save_history(last["state"], out)
     print(f"{out}: going on after epoch {last['state']['epoch']}")
     return last["state"]
 

@@ -125,7 +125,8 @@ def published(fields, tile, with_app, folder, args, compute):
     optimizers = [torch.optim.Adam(model.parameters(), 3.6e-4, weight_decay=1e-5)]
     if app:
         optimizers.append(torch.optim.Adam(app.parameters(), 1e-3))
-    criterion = nn.CrossEntropyLoss(torch.tensor(dedl.PUBLISHED_CLASS_WEIGHTS, device=compute.device), reduction="sum")
+    class_weights = torch.tensor(list(dedl.PUBLISHED_CLASS_WEIGHTS.values()), device=compute.device)
+    criterion = nn.CrossEntropyLoss(class_weights, reduction="sum")
 
     def epoch():
         total = 0.0

@@ -66,8 +66,8 @@ def fastest_of_reference(args):
     if not cpu_has_bf16():
         return "off"
     model, sides = reference("unet", depth=args.depth).to(memory_format=torch.channels_last).train(), {}
-    for amp, dtype in (("off", None), ("bf16", torch.bfloat16)):
-        compute = Compute(torch.device("cpu"), dtype)
+    for amp in ("off", "bf16"):
+        compute = Compute(torch.device("cpu"), amp)
         sides[amp] = partial(training_step, model, *batch(args, compute), compute)
     seconds = in_turn(sides, 3, torch.device("cpu"), warmup=1)
     return min(seconds, key=lambda amp: statistics.median(seconds[amp]))

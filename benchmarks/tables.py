@@ -36,7 +36,7 @@ import train
 from images import manifests
 from networks import encoders
 from running import process, runs, settings
-from running.compute import fastest_on_cpu
+from running.compute import choose_compute
 from running.process import InputError
 
 RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101"]
@@ -95,7 +95,7 @@ def main(argv=None):
     text = markdown(jobs, args)
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    with process.replacing(args.out / f"{args.table}-{args.split}.md", "w") as handle:
+    with process.replacing(args.out / f"{args.table}-{args.split}.md", "w", encoding="utf-8") as handle:
         handle.write(text)
     if args.plot:
         plot(jobs, args)
@@ -225,7 +225,7 @@ def work(waiting, args):
     started, usual, going, failed, count = time.monotonic(), [], {}, [], len(waiting)
     # timed once: runs beside each other might find different ones
     timed = "cpu" in args.devices and settings.parse_args(waiting[0].flags).amp == "auto" and "amp" not in args.axes
-    args.precision = [f"--amp={fastest_on_cpu()[0]}"] if timed else []
+    args.precision = ["--amp", choose_compute("cpu").amp] if timed else []
     ends = started + args.minutes * 60 if args.minutes else math.inf
     free = [args.devices[i % len(args.devices)] for i in range(args.jobs)]
     bar = process.progress(None, args.table, "run", count)

@@ -82,7 +82,7 @@ def taught(crops, steps):
     for step in range(steps):
         truth = torch.stack([crops[step * BATCH + i][1] for i in range(BATCH)])
         optimizer.zero_grad()
-        dedl.cross_entropy(app.autoencoder(one_hot(truth)), truth).backward()
+        F.cross_entropy(app.autoencoder(one_hot(truth)), truth).backward()
         optimizer.step()
         precision = app.precision(encode(app, truth))
     return app, precision
@@ -158,7 +158,7 @@ def follow_one(args, seed, at):
 
 
 def look(app, logits, truth, penalty, class_weights):
-    entropy = dedl.cross_entropy(logits, truth, class_weights)
+    entropy = F.cross_entropy(logits, truth, class_weights)
     of_penalty, of_entropy = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (penalty, entropy))
     row = {"cross-entropy": entropy.item(), "penalty": penalty.item(),
            "gradient ratio": (of_penalty.norm() / of_entropy.norm()).item(),

@@ -1,17 +1,15 @@
 """Data folders made and checked: the synthetic set, imports, `python data.py check`, the command line of data.py."""
-import csv
-import json
 import random
 from collections import Counter, defaultdict
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import tifffile
 from PIL import Image
 
 from images import manifests, synthetic
-from images.reading import COLOURED, IMAGES, channel_names, read_image, read_mask, read_rgb
-from running.process import SEED, InputError, Parser, progress
+from images.reading import COLOURED, channel_names, read_image, read_mask, read_rgb
+from running.process import SEED, InputError, Parser, progress, save_csv
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -42,8 +40,8 @@ def write_synthetic(folder: Path, seed: int = 77) -> None:
                 name = f"{stem}_thumbnail.png"
                 _save_png(synthetic.thumbnail(stains), folder / name)
             classification.append((name, ";".join(phenotypes), split, slide))
-    _write_csv(folder / "classification.csv", "image,labels,split,patient", classification)
-    _write_csv(folder / "segmentation.csv", "image,mask,split,patient", segmentation)
+    save_csv(folder / "classification.csv", ["image", "labels", "split", "patient"], classification)
+    save_csv(folder / "segmentation.csv", ["image", "mask", "split", "patient"], segmentation)
 
 
 def import_dsb2018(source: Path, folder: Path, seed: int = 77) -> None:
@@ -76,61 +74,8 @@ def import_dsb2018(source: Path, folder: Path, seed: int = 77) -> None:
     held = round(0.15 * len(taken))
     splits = ["test"] * held + ["validation"] * held + ["train"] * len(taken)
     rows = [(f"images/{name}", f"masks/{name}", split) for name, split in zip(taken, splits)]
-    _write_csv(manifest, "image,mask,split", sorted(rows))
+    save_csv(manifest, ["image", "mask", "split"], sorted(rows))
     print(f"{folder}: {len(taken)} fluorescence images of {len(sources)}; coloured or bright-field ones are left out")
-
-
-def import_dedl_csv(
-    csv_file: Path,
-    images: Path,
-    folder: Path,
-    seed: int = 77,
-    test_csv: Path | None = None
-) -> None:
-    """Write a data folder from the paper's csv, file and label, and print what was done. Raises InputError.
-
-    Labels are places in PAPER_CLASSES, as in [0, 3]. The files are looked for by name, with or without extension, below
-    `images`. Those below `folder` stay where they are, of others the image to classify is written there as PNG. The
-    rows of `test_csv` are the test; without it a fifth is drawn by `seed`, whole patients where there are several.
-    """
-    folder = folder.resolve()
-    manifest = folder / "classification.csv"
-    records = _paper_records(csv_file, images, "train")
-    if test_csv:
-        records += _paper_records(test_csv, images, "test")
-    else:
-        print(manifests.move_rows(records, "test", seed))
-    _prepare(manifest)
-    rows = []
-    for record in progress(records, "importing"):
-        image = record.image
-        if not image.is_relative_to(folder):
-            rgb = np.moveaxis(read_rgb(image), 0, -1)                           # (H, W, 3)
-            image = folder / "images" / f"{image.name}.png"
-            _save_png(rgb, image)
-        rows.append((image.relative_to(folder), ";".join(record.labels), record.split, record.patient))
-    _write_csv(manifest, "image,labels,split,patient", rows)
-    print(f"{folder}: {len(rows)} images")
-
-
-def _paper_records(csv_file, images, split):
-    """Records of the paper's csv, whose files lie below the folder `images`."""
-    paths = [path for path in images.resolve().rglob("*") if path.suffix.lower() in IMAGES]
-    classes = dict(enumerate(manifests.PAPER_CLASSES))
-    records = []
-    for line, row in manifests.read_csv(csv_file, ("file", "label"), "file,label"):
-        name = PureWindowsPath(row["file"]).name                                # of a\b and a/b
-        found = [path for path in paths if path.name == name]
-        found = found or [path for path in paths if path.stem == name]
-        try:
-            [image] = found
-            labels = tuple(classes[number] for number in json.loads(row["label"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{csv_file}, line {line}: {len(found)} images below {images} are named {name!r}, with "
-                             f"label {row['label']!r}; it must be one, with numbers from 0 to {len(classes) - 1}, like "
-                             f"[0, 3]") from error
-        records.append(manifests.Record(image, split, manifests.slide_of(image), labels=labels))
-    return records
 
 
 def _prepare(manifest):
@@ -145,61 +90,46 @@ def _save_png(array, path):
     Image.fromarray(array).save(path)
 
 
-def _write_csv(path, header, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([header.split(","), *rows])
-
-
 # ------------------------------------------------------------------------------------------------------------- checking
 def check(folder: Path, channels: tuple = ("DAPI",)) -> None:
     """Print what a data folder holds. Raises InputError after it has printed problems."""
     tasks = [task for task, (name, _) in manifests.MANIFESTS.items() if (folder / name).is_file()]
-    problems = 0
+    problems = []
     for task in tasks or ["seg"]:
-        for line in _check_task(folder, task, channels):
-            print(line)
-            problems += line.startswith("PROBLEM")
+        _check_task(folder, task, channels, problems)
+    for problem in problems:
+        print("PROBLEM", problem)
     if problems:
-        raise InputError(f"{folder}: {problems} problems, listed above")
+        raise InputError(f"{folder}: {len(problems)} problems, listed above")
     print("no problems found")
 
 
-def _check_task(folder, task, channels):
-    """Yields lines on what a data folder holds for one task."""
-    problems = []
+def _check_task(folder, task, channels, problems):
+    """Prints what a data folder holds for one task, and adds to the problems."""
     records, lines = manifests.find_records(folder, problems=problems, task=task, needs_validation=task == "seg")
-    yield from lines
-    yield from (f"PROBLEM {problem}" for problem in problems + manifests.leaks(records))
-    yield from (f"NOTE {note}" for note in manifests.class_notes(records))
+    print(*lines, sep="\n")
+    problems += manifests.leaks(records)
     kinds = defaultdict(list)  # {names of channels: [((H, W), file)]}
     for split in manifests.SPLITS:
         rows = [record for record in records if record.split == split]
         patients = {record.patient for record in rows if record.patient}
-        yield f"{split}: {len(rows)} images" + f" of {len(patients)} patients" * bool(patients)
-        if not rows and (task, split) != ("cls", "validation"):
-            yield f"{'NOTE' if split == 'test' else 'PROBLEM'} there are no rows of split {split}"
+        print(f"{split}: {len(rows)} images" + f" of {len(patients)} patients" * bool(patients))
+        if not rows and (split == "train" or split == "validation" and task == "seg"):
+            problems.append(f"there are no rows of split {split}")
         if task == "cls":
-            yield from _check_labels(rows, split, manifests.class_names(records))
-        yield from _check_images(rows, channels, kinds)
+            counts = Counter(label for record in rows for label in record.labels)
+            print(" ", ", ".join(f"{name} {counts[name]}" for name in manifests.class_names(records)))
+        _check_images(rows, channels, kinds, problems)
     usual = max(kinds, key=lambda names: len(kinds[names]), default=())
     for names, files in kinds.items():
-        yield f"channels {', '.join(names)}; sizes from {min(files)[0]} to {max(files)[0]}"
+        print(f"channels {', '.join(names)}; sizes from {min(files)[0]} to {max(files)[0]}")
         if len(names) != len(usual):
-            yield (f"PROBLEM {files[0][1]}: has {len(names)} channels, most images have {len(usual)}; a network takes "
-                   f"one number")
+            problems.append(f"{files[0][1]}: has {len(names)} channels, most images have {len(usual)}; a network takes "
+                            f"one number")
 
 
-def _check_labels(rows, split, classes):
-    counts = Counter(label for record in rows for label in record.labels)
-    unlabelled = [record for record in rows if not record.labels]
-    yield f"  {', '.join(f'{name} {counts[name]}' for name in classes)}; {len(unlabelled)} without any label"
-    for name in classes:
-        if split == "train" and not counts[name]:
-            yield f"PROBLEM label {name!r} has no training image: it cannot be learnt"
-
-
-def _check_images(rows, channels, kinds):
-    """Yields lines on the images, and adds (size, file) of each to kinds[names of its channels]."""
+def _check_images(rows, channels, kinds, problems):
+    """Reads the images of a split, and adds (size, file) of each to kinds[names of its channels]."""
     nuclei = pixels = 0
     for record in progress(rows, "reading"):
         try:
@@ -208,19 +138,20 @@ def _check_images(rows, channels, kinds):
             else:
                 field = manifests.Field(record, read_rgb(record.image), None, COLOURED, ())
         except InputError as error:
-            yield f"PROBLEM {error}"
+            problems.append(error)
             continue
         kinds[field.channels].append((field.shape, record.image))
         if np.ptp(field.image) == 0:
-            yield f"PROBLEM {record.image}: the image is constant; nothing can be seen in it"
+            problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
         if record.mask:
-            yield from (f"NOTE {note}" for note in manifests.inverted_masks([field]))
+            for note in manifests.inverted_masks([field]):
+                print("NOTE", note)
             nuclei += field.mask.sum()
             pixels += field.mask.numel()
             if not field.mask.any():
-                yield f"PROBLEM {record.mask}: the mask is empty; is there really no nucleus in this image?"
+                problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this image?")
     if pixels:
-        yield f"  {nuclei / pixels:.1%} of the pixels are nucleus"
+        print(f"  {nuclei / pixels:.1%} of the pixels are nucleus")
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -231,7 +162,6 @@ def main(argv: list | None = None, description: str | None = None) -> None:
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--seed", type=SEED, default=77, help="of what is drawn by chance [77]")
     parser.add_argument("--channel", default="DAPI", help="check: pages of multi-page TIFFs, by name [DAPI]")
-    parser.add_argument("--test", type=Path, help="dedl-csv: of the test images [a fifth is drawn]")
     args = parser.parse_args(argv)
     match args.command, *args.paths:
         case "synthetic", out:
@@ -239,9 +169,6 @@ def main(argv: list | None = None, description: str | None = None) -> None:
             print(f"{out}: written; look at it with: python data.py check {out}")
         case "dsb2018", source, out:
             import_dsb2018(source, out, args.seed)
-        case "dedl-csv", csv_file, *images, out:
-            images.append(csv_file.parent)
-            import_dedl_csv(csv_file, images[0], out, args.seed, args.test)
         case "check", folder:
             check(folder, channel_names(args.channel))
         case _:

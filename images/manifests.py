@@ -16,7 +16,6 @@ from running.process import InputError
 
 SPLITS = ("train", "validation", "test")
 MANIFESTS = {"seg": ("segmentation.csv", "mask"), "cls": ("classification.csv", "labels")}  # file, column of the truth
-PAPER_CLASSES = ("b", "tfh", "tfh217", "tfhl", "other")  # in the order of the numbers in the paper's csv
 COMPONENT = "_component_data.tif"                        # how inForm's image files end, and their masks:
 INFORM_MASKS = (f"{COMPONENT}Mask.tif", "_binary_seg_maps.tif")
 VALIDATION_SHARE = 0.2  # of the training images, where a data folder names no validation rows
@@ -127,13 +126,9 @@ def read_csv(path: Path, columns: tuple, first_line: str) -> list:
         separator = max(",;\t", key=first.count)
         reader = csv.reader(text.splitlines(True), delimiter=separator, strict=True)
         rows = [(reader.line_num, row) for row in reader if any(row)]
-    except UnicodeDecodeError as error:
-        marks = (b"\xff\xfe", b"\xfe\xff")
-        found = "UTF-16" if error.object.startswith(marks) else "Windows-1252 (cp1252)"
-        raise InputError(f"{path}: is not a CSV file in UTF-8, but in {found}, it seems; save it as \"CSV UTF-8\""
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: is not a CSV file in UTF-8 ({error}); spreadsheets save one as \"CSV UTF-8\""
                          ) from error
-    except csv.Error as error:
-        raise InputError(f"{path}: is not a CSV file ({error})") from error
     if len(rows) < 2:
         raise InputError(f"{path}: is empty; it needs a line {first_line} and one line an image")
     names = rows[0][1]
@@ -161,7 +156,8 @@ def _inform_records(folder):
             found = files.get(image.name.replace(COMPONENT, ending), [])
             masks += [path for path in found if len(found) == 1 or path.parent == image.parent]
         if masks:
-            records.append(Record(image, "train", slide_of(image), masks[0]))
+            slide = re.sub(r"(_\[[\d.,]+\].*)?_component_data\.tif$", "", image.name)
+            records.append(Record(image, "train", slide, masks[0]))
     if not records:
         raise InputError(f"{folder}: holds neither segmentation.csv (image,mask,split[,patient]) nor inForm files "
                          f"(*{COMPONENT} with masks)")
@@ -169,12 +165,6 @@ def _inform_records(folder):
     if len(records) < len(images):
         lines.append(f"{len(images) - len(records)} component files have no mask and are left out")
     return records, lines
-
-
-def slide_of(image: Path) -> str:
-    """Return the slide of an inForm file, its name up to _[x,y] or _component_data.tif; "" for other names."""
-    match = re.match(r"(.+?)(_\[[\d.,]+\].*|_component_data\.tif)$", image.name)
-    return match[1] if match else ""
 
 
 def _split_patients(records, seed):
@@ -238,21 +228,6 @@ def _across_splits(records, key):
         groups[key(record)].append(record)
     groups.pop("", None)
     return [group for group in groups.values() if len({record.split for record in group}) > 1]
-
-
-def class_notes(records: list) -> list:
-    """Return a line for each group of classes that differ only in case or spaces, and each class of a single image."""
-    counts = Counter(label for record in records for label in record.labels)
-    spellings = defaultdict(list)
-    lines = []
-    for name in sorted(counts):
-        spellings["".join(name.split()).casefold()].append(name)
-        if counts[name] == 1:
-            lines.append(f"class {name!r} has a single image; is it meant? (a ';' in a cell separates labels)")
-    for names in spellings.values():
-        if len(names) > 1:
-            lines.append(f"classes {', '.join(map(repr, names))} differ only in case or spaces; are they one?")
-    return lines
 
 
 def class_names(records: list) -> list:

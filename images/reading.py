@@ -34,7 +34,7 @@ def read_image(path: Path | str, channels: tuple = ("DAPI",)) -> tuple[np.ndarra
     """Return the image (C, H, W) of a TIFF, PNG or JPEG file, as it is stored, and the names of its channels.
 
     channels: the pages to take from a TIFF of several, by their stains' names or by number, from 0. A page without a
-    name of its own is called "0 of 3", by which it is found in files of 3 pages only. A file of one page is taken
+    name of its own is called by its number. A file of one page is taken
     whole: 1 channel if grey, 3 if coloured; alpha is dropped. Of z-stacks and time series only pages with names are
     taken. Types wider than 4 bytes become float32. Raises InputError.
     """
@@ -197,14 +197,14 @@ def _stain_pages(tiff, channels):
     if len(pages) == 1 or len(names) != len(pages):
         names = [_tag(page, "Name") for page in pages]
     stack = _stack(tiff)
-    if names == [""] and not stack and " of " not in channels[0]:
+    if names == [""] and not stack:
         return [(*GREY, pages[0])]
     capitals = [name.upper() for name in names]
     known = {}
     for place, page in enumerate(pages):
         name = names[place]
         if not name or capitals.count(name.upper()) > 1:  # by such a name it would not be found again
-            name = "" if stack else f"{place} of {len(pages)}"
+            name = "" if stack else str(place)
         known[name] = page
     return [_find_page(known, name, stack) for name in channels]
 
@@ -212,8 +212,9 @@ def _stain_pages(tiff, channels):
 def _find_page(known, wanted, stack):
     """(name, page) of the page with this name, in capitals or not, or with this number."""
     for place, name in enumerate(known):
-        numbers = () if stack else (str(place), f"{place} of {len(known)}")
-        if wanted in numbers or wanted.upper() == name.upper():
+        if wanted.upper() == name.upper():
+            return wanted, known[name]
+        if wanted == str(place) and not stack:
             return name, known[name]
     has = ", ".join(known)
     raise InputError(stack or f"no single page named {wanted!r} (--channel); it has {has}; or give a number, from 0")

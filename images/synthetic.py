@@ -1,7 +1,7 @@
 """The built-in synthetic set: stained nuclei like those that a Vectra scanner images, as inForm writes them.
 
 Each phenotype is a set of markers in a ring around a nucleus. Images have up to five phenotypes, uneven light, haze,
-fibres, debris, out-of-focus glow, photon noise, and stains whose strength differs from patient to patient.
+out-of-focus glow, photon noise, and stains whose strength differs from patient to patient.
 """
 import math
 
@@ -61,14 +61,8 @@ def draw_field(patient_rng: Generator, rng: Generator) -> tuple:
         ring = (inside + 4).clip(0, 1) * (1 - 0.7 * nucleus)              # cytoplasm and membrane
         for marker in markers:
             stains[marker][window] += rng.lognormal(0, 0.2) * ring
-    _add_debris(rng, stains["DAPI"])
-    fibres = (
-        np.exp(-(_clouds(rng, 7) / 0.12) ** 2)                            # lines where a cloud crosses 0
-        * _clouds(rng, 4).clip(0)
-    )
     for name, strength in zip(STAINS, strengths):
-        fibrous = 0.5 if name == "Autofluorescence" else 0.2
-        stains[name] = _expose(rng, stains[name], strength, fibrous * fibres)
+        stains[name] = _expose(rng, stains[name], strength)
     return stains, labels, phenotypes
 
 
@@ -103,47 +97,25 @@ def _place_nuclei(rng, count, mean_radius):
 
 
 def _draw_shape(rng, y, x, radius):
-    """A window around a nucleus, and how many pixels inside the nucleus's border each of its pixels lies."""
+    """A window around a nucleus, an ellipse, and how many pixels inside its border each pixel of the window lies."""
     height, width = SIZE
     reach = int(2 * radius) + 6
-    rows = slice(
-        max(0, int(y) - reach),
-        int(y) + reach
-    )
-    columns = slice(
-        max(0, int(x) - reach),
-        int(x) + reach
-    )
-    dy = (np.arange(height)[rows, None] - y).astype(np.float32)           # (h, 1)
-    dx = (np.arange(width)[columns] - x).astype(np.float32)               # (w,)
+    rows = slice(max(0, int(y) - reach), int(y) + reach)
+    columns = slice(max(0, int(x) - reach), int(x) + reach)
+    dy = np.arange(height)[rows, None] - y                                # (h, 1)
+    dx = np.arange(width)[columns] - x                                    # (w,)
     angle = rng.uniform(0, math.pi)
-    cos = math.cos(angle)
-    sin = math.sin(angle)
     stretch = rng.uniform(1, 1.3)
-    along = (dx * cos + dy * sin) / stretch
-    across = (dy * cos - dx * sin) * stretch
-    turn = np.arctan2(across, along)
-    waves = sum(
-        rng.uniform(0, 0.07) * np.cos(count * turn + rng.uniform(0, math.tau))
-        for count in (2, 3, 5)
-    )
-    inside = radius * (1 + waves) - np.hypot(along, across)
+    along = (dx * math.cos(angle) + dy * math.sin(angle)) / stretch
+    across = (dy * math.cos(angle) - dx * math.sin(angle)) * stretch
+    inside = radius - np.hypot(along, across)
     return (rows, columns), inside
 
 
-def _add_debris(rng, stain):
-    """Bright specks too small to be nuclei."""
-    for y, x in rng.uniform(3, np.array(SIZE) - 4, (8, 2)).astype(int):
-        stain[
-            y:y + rng.integers(1, 4),
-            x:x + rng.integers(1, 4)
-        ] += rng.uniform(0.5, 2)
-
-
-def _expose(rng, stain, strength, fibres):
+def _expose(rng, stain, strength):
     """What the camera sees of a stain (H, W), in inForm's units."""
     light = 1 + 0.3 * _clouds(rng, 3)
-    haze = 0.08 + 0.12 * _clouds(rng, 4).clip(0) + fibres
+    haze = 0.08 + 0.12 * _clouds(rng, 4).clip(0)
     signal = _blur(stain, 1.0)
     glow = _enlarge(_blur(signal[::4, ::4], 2.5))                         # from out of focus
     clean = (
@@ -153,7 +125,6 @@ def _expose(rng, stain, strength, fibres):
     noisy = (
         clean
         + np.sqrt(clean / 40) * _noise(rng)                               # of 40 photons at brightness 1
-        + 0.01 * _noise(rng)                                              # of the reading
     )
     steps = np.round(noisy.clip(0) * 20 * 16)                             # few digits: they compress well
     return (steps / 16).astype(np.float32)

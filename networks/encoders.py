@@ -29,7 +29,7 @@ logging.getLogger("timm").setLevel(logging.CRITICAL)  # it warns of every weight
 
 
 # ------------------------------------------------------------------------------------------------------------ encoders
-def create_encoder(name: str, in_channels: int, depth: int, weights: str) -> tuple[nn.Module, str]:
+def create_encoder(name: str, in_channels: int, depth: int, weights: str) -> tuple:
     """Return an encoder made from a timm network, and which weights it has.
 
     encoder: image (N, in_channels, H, W) -> `depth` maps (N, channels[i], H / 2**(i+1), W / 2**(i+1)).
@@ -202,7 +202,7 @@ def conv_bn_relu(in_channels: int, out_channels: int, size: int = 3, stride: int
 
 
 # --------------------------------------------------------------------------------------------------------- classifiers
-def create_classifier(name: str, classes: int, image_size: int, weights: str) -> tuple[nn.Module, str]:
+def create_classifier(name: str, classes: int, image_size: int, weights: str) -> tuple:
     """Return a timm classifier of RGB images of this size, and which weights it has.
 
     weights: see with_weights. Raises InputError, also where the network cannot take images of this size.
@@ -250,7 +250,7 @@ def check_name(what: str, name: str) -> None:
         raise InputError(f"{what} {name!r} is not a timm model; near it: {similar}")
 
 
-def with_weights(network: nn.Module, create: Callable, name: str, weights: str) -> tuple[nn.Module, str]:
+def with_weights(network: nn.Module, create: Callable, name: str, weights: str) -> tuple:
     """Return a network with the weights asked for, and which these are: "none", "imagenet" or the file.
 
     network: has random weights. create: makes another one, with timm's settings that it gets.

@@ -8,7 +8,6 @@ torch.compile and torch.export get the textbook forms.
 Inside, maps are (N, H, W, C): that is how channels_last lies in memory.
 """
 import copy
-import math
 
 import torch
 import torch.nn as nn
@@ -66,14 +65,14 @@ class _Gate(torch.autograd.Function):
     Backward, with g = dL/dy and the product p = v * g:
         dL/ds = sum of p over channels,   dL/dc = sum of p over pixels,
         dL/dv = g * (c + s) + dL/ds * s * (1 - s) * w_spatial + dL/dmean / (H * W)
-    Sums over channels and pixels are products with ones: these run at full speed and accumulate in float32.
+    Sums accumulate in float32; those over channels are products with ones, which run at full speed.
     """
 
     @staticmethod
     def forward(ctx, v, w1, b1, w2, b2, w3, b3):
         v = v.permute(0, 2, 3, 1).contiguous()                            # (N, H, W, C), no copy if channels_last
         with torch.autocast(v.device.type, enabled=False):
-            mean = (_sum_pixels(v) / v[0, ..., 0].numel()).to(w1.dtype)   # (N, C)
+            mean = v.mean((1, 2), dtype=w1.dtype)                         # (N, C)
             hidden = F.relu(F.linear(mean, w1, b1))
             c = torch.sigmoid(F.linear(hidden, w2, b2))                   # (N, C)
             s = torch.sigmoid(F.linear(v, w3.to(v.dtype), b3.to(v.dtype)))  # (N, H, W, 1)
@@ -89,7 +88,7 @@ class _Gate(torch.autograd.Function):
         p = v * g
         ds = p @ p.new_ones(p.shape[3], 1)                                # (N, H, W, 1)
         d3 = ds * s * (1 - s)                                             # (N, H, W, 1)
-        d2 = _sum_pixels(p).to(c.dtype) * c * (1 - c)                     # (N, C)
+        d2 = p.sum((1, 2), dtype=c.dtype) * c * (1 - c)                   # (N, C)
         d1 = (d2 @ w2) * (hidden > 0)
         dmean = (d1 @ w1) / v[0, ..., 0].numel()                          # (N, C)
         dw3 = d3.flatten()[None] @ v.flatten(0, 2)                        # (1, C)
@@ -99,13 +98,6 @@ class _Gate(torch.autograd.Function):
         dv.add_(dmean.to(g.dtype)[:, None, None])
         db3 = d3.sum(dtype=w3.dtype).view(1)
         return dv.permute(0, 3, 1, 2), d1.T @ mean, d1.sum(0), d2.T @ hidden, d2.sum(0), dw3.to(w3.dtype), db3
-
-
-def _sum_pixels(t):
-    """(N, H, W, C) -> (N, C), in float32 at least. A power of 2 keeps sums of rows within float16, without rounding."""
-    scale = 2 ** math.ceil(math.log2(t.shape[2]))
-    rows = t.new_full((1, t.shape[2]), 1 / scale) @ t                     # (N, H, 1, C)
-    return rows.sum((1, 2), dtype=torch.promote_types(t.dtype, torch.float32)) * scale
 
 
 def conv_of_upsampled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

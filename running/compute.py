@@ -16,21 +16,18 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 @dataclass
 class Compute:
-    """A device and a precision: autocast to amp_dtype, or float32 throughout where it is None. why: what decided on the
-    precision, where that was measured."""
+    """A device and a precision, a name in PRECISIONS: autocast to its type, or float32 throughout where it is off."""
     device: torch.device
-    amp_dtype: torch.dtype | None
-    why: str = ""
+    amp: str
 
     @property
-    def amp(self) -> str:
-        """The value of --amp that means this precision."""
-        return next(name for name, dtype in PRECISIONS.items() if dtype == self.amp_dtype)
+    def amp_dtype(self) -> torch.dtype | None:
+        return PRECISIONS[self.amp]
 
     def __str__(self):
         precision = str(self.amp_dtype or torch.float32).removeprefix("torch.")
         several = f" in {process.world()} processes" if process.world() > 1 else ""
-        return f"{self.device}{several}, {precision}" + (f" ({self.why})" if self.why else "")
+        return f"{self.device}{several}, {precision}"
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
@@ -44,7 +41,7 @@ class Compute:
         return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
 
 
-def devices() -> list[str]:
+def devices() -> list:
     """Return the names of the devices that are here, the best first."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return [name for name, there in have.items() if there]
@@ -53,7 +50,8 @@ def devices() -> list[str]:
 def choose_compute(device: str = "auto", amp: str = "auto", keep_memory: bool = True) -> Compute:
     """Return the Compute for the flags --device and --amp.
 
-    auto: the best device; on a GPU bfloat16, float16 on older ones; on a CPU what fastest_on_cpu finds.
+    auto: the best device; on a GPU bfloat16, float16 on older ones; on a CPU bfloat16 where a convolution is
+    faster in it than in float32 by BF16_GAIN.
     keep_memory: on a CPU, memory that was freed is kept for the next step.
     Raises InputError for a device that is not there, and for float16 on a CPU.
     """
@@ -64,21 +62,12 @@ def choose_compute(device: str = "auto", amp: str = "auto", keep_memory: bool = 
         raise InputError("--amp fp16: takes a CPU many times as long as float32; use bf16, off or auto")
     if device == "cpu" and keep_memory:
         _keep_freed_memory()
-    why = ""
     if amp == "auto" and device == "cpu":
-        amp, why = process.from_first(fastest_on_cpu)
+        bf16_pays = process.from_first(lambda: cpu_has_bf16() and bf16_gain() >= BF16_GAIN)
+        amp = "bf16" if bf16_pays else "off"
     elif amp == "auto":
         amp = "off" if device == "mps" else "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    return Compute(torch.device(device), PRECISIONS[amp], why)
-
-
-def fastest_on_cpu() -> tuple[str, str]:
-    """Return "bf16" where a convolution is faster in it than in float32 by BF16_GAIN, else "off"; and why."""
-    if not cpu_has_bf16():
-        return "off", "this CPU has no bfloat16"
-    gain = bf16_gain()
-    why = f"a convolution runs {gain:.2f} times as fast in bfloat16 as in float32; {BF16_GAIN} is asked for"
-    return "bf16" if gain >= BF16_GAIN else "off", why
+    return Compute(torch.device(device), amp)
 
 
 def cpu_has_bf16() -> bool:

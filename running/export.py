@@ -9,7 +9,6 @@ classification: image (N, 3, S, S) -> logits (N, classes), any N; of several fol
 The exported network is loaded, and written only if its logits are those of the project's own network.
 """
 import contextlib
-import importlib.util
 import io
 from pathlib import Path
 
@@ -66,13 +65,10 @@ def export_run(run: Path, config: dict, file: Path) -> None:
     """Write the network of a run, or of all folds in its folder, and print what it takes and gives."""
     if file.suffix not in (".pt2", ".onnx"):
         raise InputError(f"--export {file}: must be named .pt2 (PyTorch) or .onnx")
-    if file.suffix == ".onnx" and not all(map(importlib.util.find_spec, ("onnxscript", "onnxruntime"))):
-        raise InputError(f"--export {file}: needs two packages: pip install onnxscript onnxruntime; or export to .pt2")
     find = segmentation if config["task"] == "seg" else classification
     network, own, free, shapes, text = find(run, config)
+    content, exported = export(network, free, shapes[0], file.suffix)
     print(text)
-    content = export(network, free, shapes[0], file.suffix)
-    exported = load(content, file.suffix)
     for shape in shapes:
         check(exported, own, shape)
     with process.replacing(file) as handle:
@@ -90,7 +86,7 @@ def segmentation(run, config):
         2: Dim("height", min=16),
         3: Dim("width", min=16),
     }
-    shapes = [(2, channels, 93, 155), (1, channels, 16, 16), (3, channels, 37, 53)]
+    shapes = [(2, channels, 93, 155), (1, channels, 16, 16)]
     text = (
         f"input   image, float32 (N, {channels}, H, W), H and W from 16 up; channels {', '.join(config['channels'])},"
         " each brought to [0, 1] by its percentiles 1 and 99.8 in the whole image\n"
@@ -105,7 +101,7 @@ def classification(run, config):
     folders = runs.fold_folders(run).values()
     network = Ensemble([best(folder, models.build_classifier, config) for folder in folders])
     size = config["image_size"]
-    shapes = [(number, 3, size, size) for number in (2, 1, 3)]
+    shapes = [(number, 3, size, size) for number in (2, 1)]
     text = (
         f"input   image, float32 (N, 3, {size}, {size}), RGB in [0, 1]; stretch images to this size,"
         f" {encoders.interpolation(config['model'])}\n"
@@ -117,40 +113,36 @@ def classification(run, config):
 
 def best(folder, build, config):
     """Return the best network of a run or a fold, on the CPU in float32, its BatchNorms folded."""
-    model = runs.load_best(folder, build, Compute(torch.device("cpu"), None), config)
+    model = runs.load_best(folder, build, Compute(torch.device("cpu"), "off"), config)
     # channels_last weights would make the exporter ask which sizes are 1
     return fast.for_inference(model).to(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
 def export(network, free, shape, suffix):
-    """Return the content of the file, bytes. free: {axis: Dim}; shape: an example's."""
-    content = io.BytesIO()  # on a full disk torch's own writer would abort the process
+    """Return the content of the file, bytes, and what is in it as a function of an image. free: {axis: Dim}; shape: an
+    example's."""
+    buffer = io.BytesIO()  # on a full disk torch's own writer would abort the process
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # where the exporters fail they write thousands of lines
-            program = torch.export.export(
-                network,
-                (torch.rand(shape),),
-                dynamic_shapes=(free,),
-                strict=False,
-            )
+            program = torch.export.export(network, (torch.rand(shape),), dynamic_shapes=(free,), strict=False)
             if suffix == ".pt2":
-                torch.export.save(program, content)
+                torch.export.save(program, buffer)
+                buffer.seek(0)
+                exported = torch.export.load(buffer).module()
             else:
+                import onnxruntime
                 program = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["logits"])
-                content.write(program.model_proto.SerializeToString())  # weights and all, up to 2 GB
+                buffer.write(program.model_proto.SerializeToString())  # weights and all, up to 2 GB
+                session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
+
+                def exported(image):
+                    return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+    except ImportError as error:
+        raise InputError(f"--export: pip install onnxscript onnxruntime, or export to .pt2 ({error})") from error
     except Exception as error:  # torch's exporters have no common kind
         raise InputError(f"--export: torch cannot export this network: {process.one_line(error, 200)}") from error
-    return content.getvalue()
-
-
-def load(content, suffix):
-    """Return the network in a file's content as a function of an image."""
-    if suffix == ".pt2":
-        return torch.export.load(io.BytesIO(content)).module()
-    import onnxruntime
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+    return buffer.getvalue(), exported
 
 
 @torch.no_grad()

@@ -6,11 +6,9 @@ import torch
 import torch.nn as nn
 
 import dedl
-from images import manifests
-from images.manifests import Field, Record
 from running import process
 from running.compute import Compute
-from running.process import InputError, progress
+from running.process import progress
 
 # Images are predicted by larger tiles than they are trained by, most of them whole: at a tile's border the network sees
 # less. Three networks trained by 256 on DSB2018 all did better so, on validation, than predicted by 256 too.
@@ -20,7 +18,7 @@ BATCH = 1 << 19       # pixels: small images of one size are predicted together,
 
 
 # -------------------------------------------------------------------------------------------------------- whole images
-def tiles_along(size: int, tile: int = TILE, overlap: int = OVERLAP) -> list[tuple[slice, torch.Tensor]]:
+def tiles_along(size: int, tile: int = TILE, overlap: int = OVERLAP) -> list:
     """Return the tiles along an axis of `size` pixels and the weights of their pixels: as few tiles as cover it, of at
     most `tile` pixels, with neighbours that overlap by `overlap`.
 
@@ -41,7 +39,7 @@ def tiles_along(size: int, tile: int = TILE, overlap: int = OVERLAP) -> list[tup
 @torch.inference_mode()
 def predict(
     model: nn.Module,
-    fields: list[Field],
+    fields: list,
     compute: Compute,
     tta: bool = False,
     tile: int = TILE,
@@ -77,11 +75,11 @@ def one_way(model: nn.Module, images: torch.Tensor, compute: Compute, way: int) 
 
 def evaluate(
     model: nn.Module,
-    fields: list[Field],
+    fields: list,
     compute: Compute,
-    class_weights: list[float] = (1.0, 1.0),
+    class_weights: list = (1.0, 1.0),
     tta: bool = False,
-) -> tuple[torch.Tensor, float, list[torch.Tensor]]:
+) -> tuple:
     """Predict images that have a truth by a network in eval mode, those of equal size together. Return pixel counts
     (images, 4), the mean cross-entropy, and for each image the probability of the nucleus (H, W)."""
     probabilities = [None] * len(fields)
@@ -99,7 +97,7 @@ def evaluate(
     return counts, loss / weight, probabilities
 
 
-def batches_of_one_size(fields: list[Field]) -> list[list[int]]:
+def batches_of_one_size(fields: list) -> list:
     """Return lists of the images' indices: images of equal size, of BATCH pixels together or one that is larger."""
     sizes = {}
     for i, field in enumerate(fields):
@@ -131,21 +129,8 @@ def classify(model: nn.Module, images, compute: Compute, indices=None, flips: bo
     return torch.cat(found)                                                                   # (N, classes)
 
 
-def save_labels(file: Path, records: list[Record], classes: list[str], probabilities: torch.Tensor) -> None:
+def save_labels(file: Path, records: list, classes: list, probabilities: torch.Tensor) -> None:
     """Write a CSV of image, true labels joined by ';', and a column of probabilities a class."""
     rows = [[record.name, ";".join(record.labels), *(f"{p:.6f}" for p in row)]
             for record, row in zip(records, probabilities.tolist())]
     process.save_csv(file, ["image", "labels", *classes], rows)
-
-
-def load_labels(file: Path, classes: list[str]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """Return what save_labels wrote: images, probabilities (N, classes), truth (N, classes) bool. Raises InputError."""
-    rows = [row for _, row in manifests.read_csv(file, ["image", "labels", *classes], "image,labels,CLASS...")]
-    try:
-        probabilities = torch.tensor([[float(row[name]) for name in classes] for row in rows])
-        if not ((probabilities >= 0) & (probabilities <= 1)).all():
-            raise ValueError("a probability is not in [0, 1]")
-    except ValueError as error:
-        raise InputError(f"{file}: is not what train.py writes ({process.one_line(error, 100)})") from error
-    truth = torch.tensor([[name in row["labels"].split(";") for name in classes] for row in rows])
-    return [row["image"] for row in rows], probabilities, truth

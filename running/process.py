@@ -51,7 +51,7 @@ def progress(items: Iterable, what: str, unit: str = "image", total: int | None 
 
 
 # -------------------------------------------------------------------------------------------------------------- endings
-def command(main: Callable, argv: list[str] | None = None, less_memory: str = "take smaller images") -> None:
+def command(main: Callable, argv: list | None = None, less_memory: str = "take smaller images") -> None:
     """Run a script's main. What the user can mend ends in one line on stderr and exit status 2, Ctrl-C and SIGTERM in
     one line and status 130. less_memory: what to lower where memory is too small."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -72,9 +72,6 @@ def command(main: Callable, argv: list[str] | None = None, less_memory: str = "t
         if world() == 1:
             raise
         fail(f"process {rank()}: {one_line(error, 300)}")  # most often because another one ended
-    finally:
-        while _held:
-            _held.pop().close()
 
 
 def fail(message: str) -> None:
@@ -95,13 +92,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------- files
 @contextmanager
-def replacing(file: Path, mode: str = "wb", **settings):
-    """Open `file` to be written as a whole: the old file stays until the new one is complete and on the disk."""
+def replacing(file: Path, mode: str = "wb", **text):
+    """Open `file` to be written as a whole: the old file stays until the new one is complete and on the disk. text:
+    further arguments of open."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # its own: folds may be trained side by side
-    if "b" not in mode:
-        settings = {"encoding": "utf-8", "errors": "surrogateescape", **settings}
     try:
-        with open(temporary, mode, **settings) as handle:
+        with open(temporary, mode, **text) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
@@ -112,26 +108,10 @@ def replacing(file: Path, mode: str = "wb", **settings):
         temporary.unlink(missing_ok=True)
 
 
-def save_csv(file: Path, header: list[str], rows: Iterable) -> None:
+def save_csv(file: Path, header: list, rows: Iterable) -> None:
     """Write a table as a whole, see replacing."""
-    with replacing(file, "w", newline="") as handle:
+    with replacing(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
         csv.writer(handle).writerows([header, *rows])
-
-
-_held = []  # open files; their locks end with them
-
-
-def hold(folder: Path) -> bool:
-    """Return whether this process alone may write into a folder until `command` ends, or files have no locks."""
-    try:
-        import fcntl  # not on Windows
-        _held.append(open(folder / ".lock", "w"))
-        fcntl.lockf(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would share
-    except (BlockingIOError, PermissionError):
-        return False
-    except (ImportError, OSError):
-        pass
-    return True
 
 
 # ---------------------------------------------------------------------------------------- several processes (torchrun)

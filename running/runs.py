@@ -1,6 +1,6 @@
 """A run's folder: where it lies, its config.json, its checkpoints, and what the code was that made it."""
-import ast
 import hashlib
+import itertools
 import json
 import zipfile
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from running.process import InputError, one_line
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs")
-SYNTHETIC = ROOT / "datasets" / "synthetic-v3"  # the number rises when other images are made
+SYNTHETIC = ROOT / "datasets" / "synthetic-v4"  # the number rises when other images are made
 COMPUTES = ("dedl.py", "models.py", "data.py", "train.py", "networks/encoders.py", "networks/fast.py",
             "images/reading.py", "images/manifests.py", "running/prediction.py")  # code that figures depend on
 COMMON = {"data": str, "seed": int, "recipe": str, "rows": str, "setting": dict, "weights_used": str, "device": str,
@@ -41,20 +41,17 @@ def new_run(out: Path | None, name: str, fold: int | None = None) -> Path:
     With `fold`, one fold is trained alone: its run may exist, with other folds, but not this one.
     Raises InputError for a folder that has files of a run, or this fold, already.
     """
-    def taken(folder):
-        return folder.exists() if fold is None else (folder / f"fold{fold}").exists()
-
+    part = "" if fold is None else f"fold{fold}"
     if out is None:
-        out, number = RUNS / name, 2
-        while taken(out):
-            out, number = RUNS / f"{name}-{number}", number + 1
-    elif out.is_file():
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        return next(RUNS / name for name in names if not (RUNS / name / part).exists())
+    if out.is_file():
         raise InputError(f"--out {out}: is a file; give a folder")
-    elif fold is not None and taken(out):
-        raise InputError(f"--out {out}: contains fold {fold}; choose another folder, or go on with it by --resume")
-    elif fold is None and (out / "config.json").exists():
-        raise InputError(f"--out {out}: contains a run; choose another folder, or go on with it by --resume")
-    elif any(out.glob("[!.]*")) and not (out / "config.json").exists():
+    begun = (out / "config.json").exists()
+    if begun and (out / part).exists():
+        raise InputError(f"--out {out}: contains {part or 'a run'}; choose another folder, or go on with it by "
+                         f"--resume")
+    if any(out.glob("[!.]*")) and not begun:
         raise InputError(f"--out {out}: contains files but no run; choose an empty folder")
     return out
 
@@ -84,8 +81,9 @@ def read_config(run: Path) -> dict:
 
 
 def save_json(values: dict, file: Path) -> None:
-    with process.replacing(file, "w") as handle:
-        handle.write(json.dumps(values, indent=2) + "\n")
+    text = json.dumps(values, indent=2) + "\n"
+    with process.replacing(file) as handle:
+        handle.write(text.encode())
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -112,7 +110,7 @@ def load_checkpoint(file: Path, *keys: str) -> dict:
     except Exception as error:  # unpickling and zip errors have no common kind
         if isinstance(error, PermissionError) or process.is_out_of_memory(error):
             raise
-        raise InputError(f"{file}: is not a checkpoint of train.py ({one_line(error, 100)})") from error
+        raise InputError(f"{file}: is not a checkpoint of this version of train.py ({one_line(error, 100)})") from error
     return values
 
 
@@ -128,8 +126,6 @@ def load_best(folder: Path, build: Callable, compute: Compute, config: dict) -> 
         model.load_state_dict(checkpoint["model"])
     except (AttributeError, RuntimeError, TypeError) as error:
         raise InputError(f"{file}: does not fit this version of the project ({one_line(error, 100)})") from error
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise InputError(f"{file}: has weights that are NaN or infinite; its training has diverged")
     return model.to(compute.device, memory_format=torch.channels_last).eval()
 
 
@@ -141,7 +137,7 @@ def check_setting(file: Path, checkpoint: dict, expected: dict) -> None:
             raise InputError(f"{file}: is of another run than the config.json: {name} {found}, not {value}")
 
 
-def fold_folders(run: Path) -> dict[int, Path]:
+def fold_folders(run: Path) -> dict:
     """Return {number: folder} of the folds in a run's folder that have a best.pt."""
     found = {}
     for path in run.glob("fold*/best.pt"):
@@ -153,25 +149,7 @@ def fold_folders(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-# ------------------------------------------------------------------------------------------------------------- the code
-def code_digest(folder: Path = ROOT) -> str:
-    """Return eight digits that tell which code computes. Comments, docstrings and layout do not count."""
-    digest = hashlib.sha256()
-    for name in COMPUTES:
-        tree = ast.parse((folder / name).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = ""  # a docstring
-        digest.update(ast.unparse(tree).encode())
-    return digest.hexdigest()[:8]
-
-
-def code_of(begun: dict | None, out: Path) -> str:
-    """Return the code_digest for a run's config.json. Where other code began the run, whose config is `begun`, return
-    both digests and print a NOTE."""
-    code = code_digest()
-    before = str(begun.get("code")) if begun else code
-    if before.split("+")[-1] == code:
-        return before
-    print(f"  NOTE: the code that trains has changed since {out} was begun ({before}, now {code}): it is of both")
-    return f"{before}+{code}"
+def code_digest() -> str:
+    """Return eight digits that tell which code computes."""
+    code = b"".join((ROOT / name).read_bytes() for name in COMPUTES)
+    return hashlib.sha256(code).hexdigest()[:8]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import dedl
 import models
-from images.manifests import Record
 from running import runs
 from running.compute import PRECISIONS, devices
 from running.process import SEED, InputError, Parser, number
@@ -30,7 +29,7 @@ RECIPES = {
 RECIPES["seg"]["synthetic"] = RECIPES["seg"]["short"] | dict(lr=1e-3, batch_size=8, epochs=3, tile=128, steps=100)
 RECIPES["cls"]["synthetic"] = RECIPES["cls"]["short"] | dict(lr=1e-3, epochs=30, image_size=128)
 
-PLACE = ("out", "resume", "workers", "device", "amp", "deterministic", "fold")  # may differ when a run goes on
+PLACE = ("out", "resume", "workers", "device", "amp", "fold")  # may differ when a run goes on
 ONLY = {  # flags of one task alone
     "seg": ("arch", "encoder", "depth", "app", "app_activation", "app_weight", "tile", "channel", "steps"),
     "cls": ("model", "image_size", "folds", "fold", "gamma", "swa"),
@@ -77,7 +76,6 @@ def _add_common(add):
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
     add("--amp", choices=["auto", *PRECISIONS], default="auto",
         help="mixed precision; auto: on a CPU bf16 if a convolution, timed at the start, is faster in it [auto]")
-    add("--deterministic", action="store_true", help="let a GPU use only algorithms that give the same bits each time")
     add("--compile", action="store_true",
         help="compile the network with torch.compile; each epoch then leaves out what fills no whole batch")
     add("--weights", default="auto", metavar="auto|imagenet|none|FILE",
@@ -110,7 +108,7 @@ def _add_classification(add):
     add("--swa", action="store_true", help="average the weights over the last quarter of the epochs")
 
 
-def class_weights(text: str) -> str | list[float]:
+def class_weights(text: str) -> str | list:
     """Return the value of --class-weights: auto, equal, published or a list of numbers."""
     if text in ("auto", "equal", "published"):
         return text
@@ -121,7 +119,7 @@ def class_weights(text: str) -> str | list[float]:
 class_weights.__name__ = "auto|equal|published|W0,W1,..."  # argparse shows it: invalid ... value
 
 
-def parse_args(argv: list[str] | None = None, description: str | None = None) -> Namespace:
+def parse_args(argv: list | None = None, description: str | None = None) -> Namespace:
     """Return the settings of a run; with --resume those it was started with are the defaults. End the program where
     they make no sense."""
     parser = make_parser(description)
@@ -180,13 +178,13 @@ def refuse_other_settings(args: Namespace, saved: dict, may_change: tuple = PLAC
                              f"with {saved.get(name)}, not {value}")
 
 
-def digest(records: list[Record]) -> str:
+def digest(records: list) -> str:
     """Return a hash of which images there are, with their splits and labels, wherever they lie."""
     rows = sorted(f"{record.name or record.image.name},{record.labels},{record.split}" for record in records)
     return hashlib.sha256("\n".join(rows).encode(errors="surrogateescape")).hexdigest()
 
 
-def refuse_other_data(args: Namespace, records: list[Record], begun: dict | None) -> None:
+def refuse_other_data(args: Namespace, records: list, begun: dict | None) -> None:
     """Raise InputError if the run whose config is `begun` was started with other images, splits or labels."""
     if begun and begun["rows"] != digest(records):
         raise InputError(f"--data {args.data}: its images, their splits or labels are not those that {args.out} was "
@@ -197,4 +195,5 @@ def how_to_go_on(args: Namespace) -> str:
     """Return what an interruption prints at the end."""
     if not args.out or not (args.out / "config.json").is_file():
         return "interrupted before the first epoch; nothing is saved"
-    return f"interrupted; {args.out} has the finished epochs; go on with: python train.py --resume --out {args.out}"
+    fold = "" if args.task == "seg" or args.fold is None else f" --fold {args.fold}"
+    return f"interrupted; finished epochs are saved; go on with: python train.py --resume --out {args.out}{fold}"

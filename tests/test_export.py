@@ -1,5 +1,4 @@
 """test.py --export: what is written works in a process without this project, at every size and batch."""
-import importlib.util
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ from networks import fast
 from running import export, runs
 from running.compute import Compute
 
-CPU = Compute(torch.device("cpu"), None)
+CPU = Compute(torch.device("cpu"), "off")
 SHAPES = [(1, 16, 16), (3, 37, 53), (1, 64, 96), (2, 17, 130)]
 LOAD = """
 import sys, torch
@@ -67,13 +66,13 @@ def test_a_segmentation_works_without_the_project(arch, depth, encoder, script, 
     run, file = untrained(tmp_path / "run", arch, depth, encoder, channels=2), tmp_path / "model.pt2"
     status, out, _ = script(test, run, "--export", file, "--device", "cpu")
     assert status == 0 and "(N, 2, H, W)" in out and "channels DAPI, CD4" in out and "percentiles 1 and 99.8" in out
-    assert "checked on an image (1, 2, 16, 16)" in out and "checked on an image (3, 2, 37, 53)" in out
+    assert "checked on an image (1, 2, 16, 16)" in out
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["model.pt2"]
     images, own = [torch.rand(n, 2, height, width) for n, height, width in SHAPES], network(run)
     if arch == "unet":
         found = elsewhere(file, images, tmp_path)
     else:  # quicker
-        exported = export.load(file.read_bytes(), ".pt2")
+        exported = torch.export.load(file).module()
         found = [exported(image) for image in images]
         with pytest.raises((AssertionError, RuntimeError), match="16"):
             exported(torch.rand(1, 2, 15, 20))
@@ -86,7 +85,7 @@ def test_folds_become_one_network(cross_validated, script, tmp_path):
     status, out, _ = script(test, run, "--export", tmp_path / "model.pt2", "--device", "cpu")
     assert status == 0 and "(N, 3, 32, 32), RGB in [0, 1]" in out and "mean of 3 folds" in out
     images = [torch.rand(n, 3, 32, 32) for n in (1, 4)]
-    found = map(export.load((tmp_path / "model.pt2").read_bytes(), ".pt2"), images)
+    found = map(torch.export.load(tmp_path / "model.pt2").module(), images)
     config = runs.read_config(run)
     folds = [runs.load_best(folder, models.build_classifier, CPU, config)
              for folder in runs.fold_folders(run).values()]
@@ -121,7 +120,7 @@ def test_what_cannot_be_exported_is_said(finished, script, tmp_path, monkeypatch
     assert "takes one run" in refused(run, run, "--export", tmp_path / "model.pt2")
     for more in (("--tta",), ("--data", tmp_path), ("--save-masks", tmp_path), ("--images", tmp_path)):
         assert "leave --images" in refused(run, "--export", tmp_path / "model.pt2", *more)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "pip install onnxscript onnxruntime" in refused(run, "--export", tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -129,11 +128,11 @@ def test_what_cannot_be_exported_is_said(finished, script, tmp_path, monkeypatch
 def test_a_file_whose_logits_differ_is_not_kept(finished, script, tmp_path, monkeypatch):
     run, file = finished[0], tmp_path / "model.pt2"
     file.write_text("the old file")
-    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
-    monkeypatch.setattr(torch.export, "save", lambda program, handle: handle.write(b"half of it"))
-    monkeypatch.setattr(export, "load", lambda *_: lambda image: image.repeat(1, 2, 1, 1))
+    whole = export.export
+    monkeypatch.setattr(export, "export", lambda *_: (b"half of it", lambda image: image.repeat(1, 2, 1, 1)))
     status, _, err = script(test, run, "--export", file, "--device", "cpu")
     assert status == 2 and "not written" in err
+    monkeypatch.setattr(export, "export", whole)
     monkeypatch.setattr(torch.export, "export", lambda *_, **__: torch.zeros(1)[2:].item())
     status, _, err = script(test, run, "--export", file, "--device", "cpu")
     assert status == 2 and "cannot export this network" in err and err.count("\n") == 1

@@ -11,11 +11,10 @@ from conftest import CLASSIFY, TRAIN
 from PIL import Image
 
 import data
-import dedl
 import test
 import train
 from images import folders, reading
-from running import compute, prediction
+from running import compute
 from running.compute import Compute
 from running.process import InputError
 
@@ -48,14 +47,6 @@ def test_a_learning_rate_that_explodes(tiny, script, tmp_path):
     assert status == 2 and err.count("\n") == 1 and "not finite" in err and "lower --lr" in err
 
 
-def test_a_validation_without_a_number_is_not_saved(tiny, script, tmp_path, monkeypatch):
-    results, whole = iter([1.0, math.nan]), prediction.evaluate
-    monkeypatch.setattr(prediction, "evaluate", lambda *inputs: (whole(*inputs)[0], next(results), whole(*inputs)[2]))
-    status, _, err = script(train, "--data", tiny, *SMALL, "--epochs", 3, "--out", tmp_path / "run")
-    assert status == 2 and "the validation loss is not finite after epoch 2" in err
-    assert torch.load(tmp_path / "run" / "last.pt")["state"]["epoch"] == 1
-
-
 def test_images_and_masks_to_look_at_are_reported_and_trained(tiny, script, tmp_path):
     Image.new("L", (64, 45), 77).save(tiny / "field1.png")  # field1 and its mask have this size
     Image.new("L", (61, 50)).save(tiny / "labels2.png")
@@ -63,10 +54,10 @@ def test_images_and_masks_to_look_at_are_reported_and_trained(tiny, script, tmp_
         Image.fromarray(np.asarray(mask) == 0).save(tiny / "labels3.png")
     inverted = rf"NOTE:? {re.escape(str(tiny))}/labels3.png: nuclei cover \d\d% of the pixels; is the mask inverted\?"
     status, out, err = script(train, "--data", tiny, *SMALL, "--out", tmp_path / "run")
-    assert status == 0 and f"  NOTE: {tiny / 'field1.png'}: the image is constant\n" in out, err
-    assert f"  NOTE: {tiny / 'labels2.png'}: the mask is empty\n" in out
-    assert re.search(inverted, out) and out.count("NOTE") == 3
-    assert re.search(inverted, script(folders, "check", tiny)[1])
+    assert status == 0 and re.search(inverted, out) and out.count("NOTE") == 1, err
+    status, out, _ = script(folders, "check", tiny)
+    assert status == 2 and re.search(inverted, out)
+    assert "field1.png: the image is constant" in out and "labels2.png: the mask is empty" in out
     Image.new("L", (46, 75)).save(tiny / "labels7.png")  # of the test
     assert script(test, tmp_path / "run")[0] == 0
     scores = json.loads((tmp_path / "run" / "test.json").read_text())
@@ -84,7 +75,7 @@ def test_images_of_a_few_pixels(tiny, script, tmp_path):
 
 def test_half_precision_lowers_its_scale_until_the_gradients_fit(coloured, script, tmp_path, monkeypatch):
     """Only a GPU is given float16; a CPU, which emulates it, stands in for one."""
-    monkeypatch.setattr(train, "choose_compute", lambda *_: Compute(torch.device("cpu"), torch.float16))
+    monkeypatch.setattr(train, "choose_compute", lambda *_: Compute(torch.device("cpu"), "fp16"))
     monkeypatch.setattr(Compute, "scaler", lambda self: torch.amp.GradScaler("cpu", init_scale=2.0 ** 30))
     settings = [*CLASSIFY, "--fold", 0, "--epochs", 3, "--batch-size", 64, "--out", tmp_path / "run"]
     status, _, err = script(train, "--data", coloured, *settings)
@@ -122,44 +113,14 @@ def test_floats_at_the_edge(tmp_path, values, message):
     assert np.isfinite(found).all() and set(np.unique(found)) == ({0.0} if values[0] == values[1] else {0.0, 1.0})
 
 
-def test_deterministic_sums_are_the_same_loss():
-    logits, truth = torch.randn(2, 2, 9, 7, requires_grad=True), torch.randint(2, (2, 9, 7))
-    for weights in (None, torch.tensor([0.3, 0.7])):
-        plain, = torch.autograd.grad(dedl.cross_entropy(logits, truth, weights), logits)
-        torch.use_deterministic_algorithms(True)
-        try:
-            summed = dedl.cross_entropy(logits, truth, weights)
-        finally:
-            torch.use_deterministic_algorithms(False)
-        torch.testing.assert_close(summed, dedl.cross_entropy(logits, truth, weights))
-        torch.testing.assert_close(torch.autograd.grad(summed, logits)[0], plain)
-
-
-def test_deterministic_is_a_flag_that_is_heard(tiny, script, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *wish, **how: asked.append(wish))
-    assert script(train, "--data", tiny, *TRAIN, "--deterministic", "--out", tmp_path / "run")[0] == 0
-    assert asked == [(True,)] and json.loads((tmp_path / "run" / "config.json").read_text())["deterministic"] is True
-
-
 # ------------------------------------------------------------------------------------------------------------ precision
-@pytest.mark.parametrize("has, gain, taken, shown", [
-    (True, 0.67, None, "float32 (a convolution runs 0.67 times as fast in bfloat16"), (True, 1.1, None, "float32 (a "),
-    (True, 1.2, torch.bfloat16, "bfloat16 (a convolution runs 1.20 times as fast in bfloat16"),
-    (False, None, None, "float32 (this CPU has no bfloat16)")])
-def test_a_cpu_takes_bfloat16_only_where_it_is_faster(monkeypatch, has, gain, taken, shown):
+@pytest.mark.parametrize("has, gain, taken", [(True, 0.67, None), (True, 1.1, None), (True, 1.2, torch.bfloat16),
+                                              (False, None, None)])
+def test_a_cpu_takes_bfloat16_only_where_it_is_faster(monkeypatch, has, gain, taken):
     monkeypatch.setattr(compute, "cpu_has_bf16", lambda: has)
     monkeypatch.setattr(compute, "bf16_gain", lambda: gain)
-    chosen = compute.choose_compute("cpu", "auto")
-    assert chosen.amp_dtype is taken and str(chosen).startswith(f"cpu, {shown}")
+    assert compute.choose_compute("cpu", "auto").amp_dtype is taken
     assert str(compute.choose_compute("cpu", "bf16")) == "cpu, bfloat16"  # what is asked for is not timed
-
-
-def test_the_precision_and_why_are_printed(tiny, script, tmp_path, monkeypatch):
-    monkeypatch.setattr(compute, "cpu_has_bf16", lambda: True)
-    shown = "cpu, float32 (a convolution runs 1.00 times as fast in bfloat16 as in float32; 1.15 is asked for)"
-    assert shown in script(train, "--data", tiny, *SMALL, "--amp", "auto", "--out", tmp_path / "run")[1]
-    assert script(test, tmp_path / "run", "--device", "cpu")[1].startswith(f"{shown}\n")
 
 
 def test_timing_draws_no_random_numbers():

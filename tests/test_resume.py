@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import CLASSIFY, ROOT, THREADS, TRAIN
+from conftest import CLASSIFY, THREADS, TRAIN
 
 import test
 import train
@@ -186,7 +186,7 @@ def test_an_interruption_tells_how_to_go_on(whole, script, tmp_path, number):
     child.join(30)
     *_, last = log.read_text().splitlines()
     assert child.exitcode == 130, log.read_text()
-    assert last == (f"interrupted; {tmp_path / 'run'} has the finished epochs; go on with: python train.py --resume "
+    assert last == (f"interrupted; finished epochs are saved; go on with: python train.py --resume "
                     f"--out {tmp_path / 'run'}")
     done = len(metrics(tmp_path / "run"))
     assert done == torch.load(tmp_path / "run" / "last.pt")["state"]["epoch"] >= 2
@@ -209,24 +209,6 @@ def test_going_on_where_the_data_have_moved(tiny, script, tmp_path):
     assert len(metrics(run)) == 2 and runs.read_config(run)["data"] == str(tmp_path / "moved")
 
 
-def test_one_process_at_a_time_trains_into_a_folder(whole, script, tmp_path):
-    """Also with loader processes, which live on for seconds after a kill; the folder is free at once."""
-    folder, run, log = whole[0], tmp_path / "run", tmp_path / "log"
-    arguments = ["--data", str(folder), *TRAIN, *EPOCHS, "--epochs", "500", "--patience", "0", "--workers", "1",
-                 "--out", str(run)]
-    child = FORKS.Process(target=train_on, args=(arguments, str(log)))
-    child.start()
-    deadline = time.monotonic() + 60
-    while "epoch   1" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
-        time.sleep(0.02)
-    status, _, err = script(train, "--resume", "--out", run)
-    child.kill()
-    child.join()
-    assert status == 2 and err == f"error: --out {run}: another process is training into it; wait, or give another\n"
-    done = len(metrics(run))
-    assert script(train, "--resume", "--out", run, "--epochs", done + 1, "--workers", 0)[0] == 0
-
-
 def test_exchanged_folds_are_noticed(cross_validated, script, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(cross_validated[0], run)
@@ -238,40 +220,13 @@ def test_exchanged_folds_are_noticed(cross_validated, script, tmp_path):
 
 def test_going_on_keeps_precision_and_device(tiny, script, tmp_path):
     run = tmp_path / "run"
-    assert script(train, "--data", tiny, *TRAIN, "--amp", "off", "--deterministic", "--out", run)[0] == 0
-    torch.use_deterministic_algorithms(False)
+    assert script(train, "--data", tiny, *TRAIN, "--amp", "off", "--out", run)[0] == 0
     args = train.parse_args(["--resume", "--out", str(run)])
-    assert (args.amp, args.deterministic, args.device) == ("off", True, "cpu")
+    assert (args.amp, args.device) == ("off", "cpu")
     assert train.parse_args(["--resume", "--out", str(run), "--amp", "bf16"]).amp == "bf16"
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "device": "tpu", "amp": "float16"}))  # of another machine
     assert train.parse_args(["--resume", "--out", str(run)]).amp == "auto"
-
-
-def test_the_digest_of_the_code_is_of_what_computes(tmp_path):
-    for name in runs.COMPUTES:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    assert runs.code_digest(tmp_path) == runs.code_digest()
-    method = (ROOT / "dedl.py").read_text()
-    for old, new, same in (("# inv_ex: no wait for the GPU", "", True), ("\n\n\n", "\n\n", True),
-                           ('"""The method:', '"""A method:', True), ("(1 - truth)", "(1.1 - truth)", False)):
-        assert old in method
-        (tmp_path / "dedl.py").write_text(method.replace(old, new))
-        assert (runs.code_digest(tmp_path) == runs.code_digest()) == same
-
-
-@pytest.mark.parametrize("task", ["seg", "cls"])
-def test_going_on_with_other_code_is_noted_and_recorded(tiny, coloured, script, tmp_path, monkeypatch, task):
-    run, ours = tmp_path / "run", runs.code_digest()
-    arguments = {"seg": ["--data", tiny, *TRAIN], "cls": ["--data", coloured, *CLASSIFY, "--fold", 0, "--epochs", 1]}
-    status, out, _ = script(train, *arguments[task], "--out", run)
-    assert status == 0 and "the code that trains" not in out and runs.read_config(run)["code"] == ours
-    monkeypatch.setattr(runs, "code_digest", lambda: "12345678")
-    for epochs, noted in ((2, True), (3, False)):
-        status, out, err = script(train, "--resume", "--out", run, "--epochs", epochs)
-        note = f"NOTE: the code that trains has changed since {run} was begun ({ours}, now 12345678)"
-        assert status == 0 and (note in out) == noted and runs.read_config(run)["code"] == f"{ours}+12345678", err
 
 
 def test_interrupted_before_anything_is_saved(tiny, script, tmp_path, monkeypatch):
@@ -350,17 +305,6 @@ def test_a_checkpoint_of_another_setting_is_refused(finished, script, tmp_path):
         status, _, err = script(module, *arguments)
         assert status == 2 and err.count("\n") == 1, err
         assert "is of another run than the config.json: setting {'arch': 'unetpp'" in err
-
-
-def test_weights_that_are_no_numbers_are_refused(finished, script, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text((finished[0] / "config.json").read_text())
-    checkpoint = torch.load(finished[0] / "best.pt")
-    checkpoint["model"]["head.weight"][0] = float("nan")
-    torch.save(checkpoint, run / "best.pt")
-    status, _, err = script(test, run)
-    assert status == 2 and "best.pt: has weights that are NaN or infinite" in err
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
