@@ -11,27 +11,30 @@ below. CE_w is the mean over pixels; `--recipe paper` multiplies L by the pixels
 
 conv (this project's form). A convolutional autoencoder D(E(.)) learns what masks look like; its encoder E says how far
 the prediction is from the truth as a *shape*:
-    penalty = mean[d^T S^-1 d] / E,   d = E(softmax z) - E(Y) at a position,   S = running covariance of E(Y)  (E, E)
+    penalty = mean over positions of (d^T S^-1 d) / K,   d = E(softmax z) - E(Y) at a position, of K channels
     own     = CE(D(E(Y)), y)
+  where S (K, K) is the running covariance of E(Y).
   - `own` is the only term that trains the autoencoder, and it sees true masks alone. So E and D model nuclei, not the
     network's errors.
   - `penalty` trains the network alone: in it E's weights and E(Y) are constants. If the penalty trained E as well, it
     would be least for an E that maps everything to one point: the embedding would collapse and the penalty vanish.
   - The axes of an embedding are arbitrary (D can undo any linear map), they drift while E learns, and nearly all of its
-    variance lies along one: how much of a cell is nucleus. Hence the Mahalanobis distance, in which each direction has
-    variance 1. Whatever the autoencoder, the penalty is 0 for a perfect prediction, about 1 for one that embeds to the
-    mean, about 2 for the mask of another image. S is a running mean over about 10 steps, so that a batch without a
-    nucleus, whose covariance is 0, does no harm; it starts from 1, so that an embedding that is still noise counts
-    little; a thousandth of its mean variance is added to each direction's, so that it can be inverted.
-  - `own` and CE share no weights, so no factor between them is needed.
+    variance lies along one: how much of its square of 8 x 8 pixels is nucleus. Hence the Mahalanobis distance, in which
+    each direction has variance 1. Whatever the autoencoder, the penalty is 0 for a perfect prediction, about 1 for one
+    that embeds to the mean, about 2 for the mask of another image. S is a running mean over about 10 steps, so that a
+    batch without a nucleus, whose covariance is 0, does no harm; it starts from 1, so that an embedding that is still
+    noise counts little; a thousandth of its mean variance is added to each direction's, so that it can be inverted.
+  - `own` and CE share no weights, so no factor between them is needed: app_weight is that of the penalty alone.
 
 linear (as published). A row-wise autoencoder A, a stack of Linear layers along the width, gets the logits themselves:
     penalty = CE_w(A(z), y)
     own     = 0
-  Both networks learn from the sum; A is a post-processor that the saved model drops.
+  Both networks learn from the sum, from the penalty both by app_weight; A is a post-processor that the saved model
+  drops.
 
-In both the autoencoder has an optimizer of its own, as published (app_optimizer, below). Both are used in training
-only: the saved network and its cost are those of a network trained without.
+In both the autoencoder has an optimizer of its own, as published (app_optimizer, below); the network's (make_parts in
+train.py) has none of the autoencoder's weights. Both are used in training only: the saved network and its cost are
+those of a network trained without.
 
 Classification has several labels an image: logits z (N, C), truth y (N, C) of 0 and 1, one sigmoid a class; its loss is
 FocalLoss, below.
@@ -114,7 +117,10 @@ class RowAutoencoder(nn.Module):
 
 
 class ConvAPP(nn.Module):
-    """The conv form. forward: logits (N, C, H, W), truth (N, H, W) -> penalty, own (scalars, see the file's head)."""
+    """The conv form. forward: logits (N, C, H, W), truth (N, H, W) -> penalty, own (scalars, see the file's head).
+
+    class_weights are for the linear form alone: masks are reconstructed unweighted.
+    """
 
     def __init__(self, classes: int = 2, activation: str = "gelu"):
         super().__init__()
@@ -125,22 +131,24 @@ class ConvAPP(nn.Module):
     def forward(self, logits, truth, class_weights=None):
         classes = torch.arange(logits.shape[1], device=truth.device)[:, None, None]
         one_hot = (truth[:, None] == classes).float()                                  # (N, C, H, W)
-        embedding = self.autoencoder.encode(one_hot)                                   # (N, E, H/8, W/8)
+        embedding = self.autoencoder.encode(one_hot)                                   # (N, K, H/8, W/8)
         reconstruction = self.autoencoder.decode(embedding, truth.shape[-2:])          # (N, C, H, W)
         own = F.cross_entropy(reconstruction.float(), truth)
         target = embedding.detach().float()
-        self.autoencoder.requires_grad_(False)  # the gradient passes through E to the logits and stops there
-        apart = self.autoencoder.encode(logits.softmax(1)).float() - target            # (N, E, H/8, W/8)
+        # In this call E's weights are constants, also in the backward pass that comes after they learn again: the
+        # gradient passes through E to the logits.
+        self.autoencoder.requires_grad_(False)
+        apart = self.autoencoder.encode(logits.softmax(1)).float() - target            # (N, K, H/8, W/8)
         self.autoencoder.requires_grad_(True)
-        apart = apart.movedim(1, -1)                                                   # (N, H/8, W/8, E)
+        apart = apart.movedim(1, -1)                                                   # (N, H/8, W/8, K)
         with torch.autocast(logits.device.type, enabled=False):
             penalty = ((apart @ self.precision(target)) * apart).mean()
         return penalty, own
 
     @torch.no_grad()
     def precision(self, target):
-        """Return the inverse (E, E) of the covariance, updated with embeddings (N, E, h, w) of true masks."""
-        flat = target.transpose(0, 1).flatten(1)                                       # (E, N h w)
+        """Return the inverse (K, K) of the covariance, updated with embeddings (N, K, h, w) of true masks."""
+        flat = target.transpose(0, 1).flatten(1)                                       # (K, N h w)
         self.covariance.lerp_(flat.cov(correction=0), 0.1)
         floor = 1e-3 * self.covariance.diagonal().mean().clamp(min=1e-6)
         identity = torch.eye(len(flat), device=flat.device)

@@ -69,22 +69,28 @@ class UnetDecoder(nn.Module):
 
     def __init__(self, encoder_channels: list[int], decoder_channels: list[int]):
         super().__init__()
-        coarsest, *skips = reversed(encoder_channels)
+        coarsest, *skip_channels = reversed(encoder_channels)
         inputs = [coarsest, *decoder_channels[:-1]]
-        self.blocks = nn.ModuleList(map(DecoderBlock, inputs, [*skips, 0], decoder_channels))
+        self.blocks = nn.ModuleList(map(DecoderBlock, inputs, [*skip_channels, 0], decoder_channels))
 
     def forward(self, features):
         x, *skips = reversed(features)
-        for block, skip in zip(self.blocks, skips):
+        *blocks, last = self.blocks
+        for block, skip in zip(blocks, skips):
             x = block(x, [skip])
-        return self.blocks[-1](x)
+        return last(x)
 
 
 class UnetPlusPlusDecoder(nn.Module):
     """The nested decoder. Node X(i, j) at level i (stride 2**(i+1)) joins X(i+1, j-1), upsampled, with all of
-    X(i, 0..j-1). X(i, 0) are the encoder's maps; the last node of each level is on the way to the output.
+    X(i, 0..j-1). X(i, 0) are the encoder's maps. Of depth 3, with `final`, which doubles X(0, 2) to full resolution:
 
-    Inner nodes have the channels of their level's encoder map, last nodes those of decoder_channels.
+        X(0, 0)   X(0, 1)   X(0, 2)   final
+        X(1, 0)   X(1, 1)
+        X(2, 0)
+
+    The last nodes, i + j = depth - 1, are the way to the output. They have the channels of decoder_channels, inner
+    nodes those of their level's encoder map.
     forward: maps (N, encoder_channels[i], H / 2**(i+1), W / 2**(i+1)) -> (N, decoder_channels[-1], H, W)
     """
 
@@ -97,18 +103,21 @@ class UnetPlusPlusDecoder(nn.Module):
             for i in range(depth - j):
                 last = i + j == depth - 1
                 width[i, j] = decoder_channels[j - 1] if last else encoder_channels[i]
-                self.nodes[f"{i}_{j}"] = DecoderBlock(width[i + 1, j - 1], encoder_channels[i] * j, width[i, j])
+                skip_channels = encoder_channels[i] * j  # j skips: a last node is nobody's skip
+                self.nodes[f"{i}_{j}"] = DecoderBlock(width[i + 1, j - 1], skip_channels, width[i, j])
         self.final = DecoderBlock(width[0, depth - 1], 0, decoder_channels[-1])
 
     def forward(self, features):
         x = {(i, 0): feature for i, feature in enumerate(features)}
         for j in range(1, self.depth):
             for i in range(self.depth - j):
-                skips = [x[i, k] for k in reversed(range(j))]  # newest first, as the reference orders them
+                skips = [x[i, k] for k in reversed(range(j))]  # newest first, as smp has them
                 x[i, j] = self.nodes[f"{i}_{j}"](x[i + 1, j - 1], skips)
         return self.final(x[0, self.depth - 1])
 
 
+# built with the channels of the encoder (fine to coarse) and of the decoder (coarse to fine); each gives a map of full
+# resolution and decoder_channels[-1] channels
 DECODERS = {"unet": UnetDecoder, "unetpp": UnetPlusPlusDecoder}
 
 
@@ -136,6 +145,7 @@ class Segmenter(nn.Module):
     def forward(self, image):
         height, width = image.shape[-2:]
         multiple = self.encoder.multiple
+        # right and below, up to the next multiple
         x = F.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
         features = self.encoder(x)                                              # maps (N, C_i, H / 2**(i+1), ...)
         x = self.decoder(features)                                              # (N, decoder_channels[-1], H, W)
@@ -252,7 +262,8 @@ def _own_name(name, depth):
     """Our name of a weight of smp."""
     for theirs, ours in SMP_NAMES.items():
         name = name.replace(theirs, ours)
-    if name.startswith("decoder.blocks.x_"):  # U-Net++: x_{d}_{l} is node (depth - 2 - l, l - d + 1), or the last block
+    # U-Net++: x_{d}_{l} is node (depth - 2 - l, l - d + 1), or the last block. Of depth 4 x_0_0 is X(2, 1), x_0_3 final
+    if name.startswith("decoder.blocks.x_"):
         _, _, node, rest = name.split(".", 3)
         d, level = map(int, node.split("_")[1:])
         node = "final" if level == depth - 1 else f"nodes.{depth - 2 - level}_{level - d + 1}"

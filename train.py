@@ -126,14 +126,16 @@ def segmentation_losses(
     class_weights: torch.Tensor,
     args: Namespace,
 ) -> Callable:
-    """Return the function of a step's losses: the one that is minimised; cross-entropy and penalty, to be shown."""
+    """Return the function of a step's losses: the one that is minimised; cross-entropy and penalty, which are only
+    shown. A further term of `loss` is in neither train_loss nor val_loss: these stay the cross-entropy."""
     def losses_of(logits, truth, share):
         cross_entropy = F.cross_entropy(logits, truth, class_weights)
         penalty = own = torch.zeros_like(cross_entropy)
         if app:
             penalty, own = app(logits, truth, class_weights)
         loss = cross_entropy + args.app_weight * penalty + own
-        if args.recipe == "paper":  # the sum over pixels: to a mean Adam's weight decay would be a million times larger
+        # so far means over pixels; paper: the sum, since to a mean Adam's weight decay would be a million times larger
+        if args.recipe == "paper":
             loss = loss * class_weights[truth].sum() / share  # gradients are weighted by their process's share
         return loss, cross_entropy, penalty
     return losses_of
