@@ -183,15 +183,21 @@ def check_channels(field: manifests.Field, run: Path, config: dict) -> None:
         raise InputError(f"{field.record.image}: has {len(field.image)} channels; {run} was trained on {channels}")
 
 
-def save_prediction(mask: torch.Tensor, probability: torch.Tensor, mask_file: Path | None,
-                    probability_file: Path | None) -> None:
+def save_prediction(
+    mask: torch.Tensor,
+    probability: torch.Tensor,
+    mask_file: Path | None,
+    probability_file: Path | None,
+) -> None:
     """Write a mask (H, W) and the probability of the nucleus (H, W), each where a file is given."""
-    grey = mask.numpy().astype(np.uint8) * 255
-    fine = (probability * 65535).round().numpy().astype(np.uint16)
-    for array, file in ((grey, mask_file), (fine, probability_file)):
-        if file:
-            with process.replacing(file) as handle:
-                Image.fromarray(array).save(handle, "PNG")
+    save_png(mask.numpy().astype(np.uint8) * 255, mask_file)
+    save_png((probability * 65535).round().numpy().astype(np.uint16), probability_file)
+
+
+def save_png(array, file):
+    if file:
+        with process.replacing(file) as handle:
+            Image.fromarray(array).save(handle, "PNG")
 
 
 def output_files(records: list, args: Namespace, earlier=()) -> dict:

@@ -434,8 +434,9 @@ def make_loader(dataset: data.Crops | data.AugmentedImages, count: int, args: Na
 
 
 def unfinished(state: dict, args: Namespace) -> bool:
-    waits_for_average = args.task == "cls" and args.swa
-    stopped = args.patience and state["stale"] >= args.patience and not waits_for_average
+    stopped = args.patience and state["stale"] >= args.patience
+    if args.task == "cls" and args.swa:  # the average comes last
+        stopped = False
     return state["epoch"] < args.epochs and not stopped
 
 

@@ -118,8 +118,6 @@ def read_csv(path: Path, columns: tuple, first_line: str) -> list:
 
     Cells are separated by commas or, as some spreadsheets write, all by semicolons or tabs. Raises InputError.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: is not a file")
     try:
         text = path.read_text(encoding="utf-8-sig")
         first = text.partition("\n")[0]

@@ -36,7 +36,7 @@ def setting_of(config, scores):
     setting["--weights"] = config["weights_used"]
     setting["--data"] = Path(config["data"]).name
     setting["folds"] = scores.get("folds")
-    setting["code"] = config.get("code")
+    setting["code"] = config["code"]
     return tuple((flag.replace("_", "-"), str(value)) for flag, value in setting.items())
 
 

@@ -195,5 +195,6 @@ def how_to_go_on(args: Namespace) -> str:
     """Return what an interruption prints at the end."""
     if not args.out or not (args.out / "config.json").is_file():
         return "interrupted before the first epoch; nothing is saved"
-    fold = "" if args.task == "seg" or args.fold is None else f" --fold {args.fold}"
+    fold = vars(args).get("fold")
+    fold = "" if fold is None else f" --fold {fold}"
     return f"interrupted; finished epochs are saved; go on with: python train.py --resume --out {args.out}{fold}"

@@ -187,7 +187,7 @@ BAD = [
     ("seg", ["--data", "{tiny}/field0.png"], None, "field0.png: no such folder (--data)"),
     ("seg", ["--data", "{tmp}"], None, "holds neither segmentation.csv"),
     ("cls", ["--data", "{tmp}"], None, "holds no classification.csv (image,labels,split[,patient])"),
-    ("seg", [], folder_in_place("segmentation.csv"), "segmentation.csv: is not a file"),
+    ("seg", [], folder_in_place("segmentation.csv"), "segmentation.csv: Is a directory"),
     ("seg", ["--out", "{tiny}/segmentation.csv"], None, "is a file; give a folder"),
     ("seg", ["--out", "{tiny}/segmentation.csv/run"], None, "segmentation.csv/run: Not a directory"),
     ("seg", ["--out", "/proc/run"], None, "/proc/run: "),
