@@ -8,10 +8,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from images import reading
 from running import process
 
-SIDE = 512     # pixels of a cell; of larger images the middle is shown
+SIDE = 512     # pixels, at most; of larger images the middle is shown
 CAPTION = 40   # pixels, two lines
-GAP = 6        # pixels between columns
-BACKGROUND = (24, 24, 24)
 # Okabe and Ito's colours, which colour-blind people tell apart
 TRUTH = (86, 180, 233)
 PREDICTED = (230, 159, 0)
@@ -117,15 +115,14 @@ def outline(mask):
 
 def save_table(cells, file):
     """Save a PNG of (caption, PIL image), four a row. Captions are cut off where their cell ends."""
-    columns = 4
-    height = CAPTION + SIDE
-    rows = -(-len(cells) // columns)
-    table = Image.new("RGB", (columns * (SIDE + GAP), rows * height), BACKGROUND)
+    width, height = np.max([image.size for _, image in cells], 0) + (6, CAPTION)  # with a gap
+    rows = -(-len(cells) // 4)
+    table = Image.new("RGB", (4 * width, rows * height), "#181818")
     for i, (caption, image) in enumerate(cells):
-        cell = Image.new("RGB", (SIDE, height), BACKGROUND)
+        cell = Image.new("RGB", (width, height), "#181818")
         ImageDraw.Draw(cell).text((2, 2), caption, font_size=12)
         cell.paste(image, (0, CAPTION))
-        row, column = divmod(i, columns)
-        table.paste(cell, (column * (SIDE + GAP), row * height))
+        row, column = divmod(i, 4)
+        table.paste(cell, (column * width, row * height))
     with process.replacing(file) as handle:  # whoever looks at the old file sees it whole
         table.save(handle, "PNG")
