@@ -190,14 +190,15 @@ def save_prediction(
     probability_file: Path | None,
 ) -> None:
     """Write a mask (H, W) and the probability of the nucleus (H, W), each where a file is given."""
-    save_png(mask.numpy().astype(np.uint8) * 255, mask_file)
-    save_png((probability * 65535).round().numpy().astype(np.uint16), probability_file)
+    if mask_file:
+        save_png(mask.numpy().astype(np.uint8) * 255, mask_file)
+    if probability_file:
+        save_png((probability * 65535).round().numpy().astype(np.uint16), probability_file)
 
 
 def save_png(array, file):
-    if file:
-        with process.replacing(file) as handle:
-            Image.fromarray(array).save(handle, "PNG")
+    with process.replacing(file) as handle:
+        Image.fromarray(array).save(handle, "PNG")
 
 
 def output_files(records: list, args: Namespace, earlier=()) -> dict:

@@ -1,11 +1,17 @@
 """The parts of a decoder in their fast forms (networks/fast.py) against the textbook ones (models.py): forward and
-backward pass of each, at the sizes that it has in U-Net/resnet18 of depth 3.
+backward pass of each, at the sizes that it has in U-Net/resnet18 of depth 3. Then what each form brings to the whole
+training step of U-Net, against segmentation_models_pytorch.
 
     python benchmarks/parts.py
+    python benchmarks/parts.py --depth 5
+    python benchmarks/parts.py --before CHECKOUT        beside the U-Net of an older checkout of this project
 """
 import copy
+import importlib
 import statistics
+import sys
 from functools import partial
+from pathlib import Path
 
 import harness
 import torch
@@ -16,7 +22,9 @@ from networks import fast
 
 
 def main(argv=None):
-    args = harness.parser(__doc__).parse_args(argv)
+    parser = harness.parser(__doc__)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="folder of an older checkout")
+    args = parser.parse_args(argv)
     compute = harness.start(args)
     rows = []
     for what, maps, *forms in cases(args, compute):
@@ -28,6 +36,55 @@ def main(argv=None):
         rows.append([what, *times, f"{harness.ratio(seconds, 'textbook', 'fast'):.1f}x"])
     print(f"Forward and backward pass, batch {args.batch}, tiles of {args.tile}, median of {args.rounds} rounds\n")
     harness.table(["part", "textbook", "fast", "gain"], rows)
+    whole_steps(args, compute)
+
+
+def whole_steps(args, compute):
+    """Print the training step of U-Net in each form, as a ratio to the reference's."""
+    textbook = fast.slow_down(harness.our_network("unet", "resnet18", args.depth, compute))
+    gate, convolution, both = (copy.deepcopy(textbook) for _ in range(3))
+    for module in gate.modules():
+        if type(module) is models.SCSE:
+            module.__class__ = fast.FastSCSE
+    for module in convolution.modules():
+        if type(module) is models.DecoderBlock:
+            module.__class__ = fast.FastDecoderBlock
+    networks = {
+        "reference": harness.reference("unet", depth=args.depth),
+        "textbook": textbook,
+        "gate alone": gate,
+        "sub-pixel convolution alone": convolution,
+        "both": fast.speed_up(both),
+    }
+    if args.before:
+        networks["before"] = of_checkout(args.before, args.depth)
+    images = harness.batch(args, compute)
+    sides = {}
+    for name, network in networks.items():
+        network.to(compute.device, memory_format=torch.channels_last).train()
+        sides[name] = partial(harness.training_step, network, *images, compute)
+    seconds = harness.in_turn(sides, args.rounds, compute.device)
+    rows = [[name, f"{statistics.median(seconds[name]) * 1000:.0f} ms",
+             f"{harness.ratio(seconds, 'reference', name):.2f}x"] for name in sides]
+    harness.table([f"U-Net's training step, depth {args.depth}", "time", "against the reference"], rows)
+
+
+def of_checkout(folder, depth):
+    """Return the U-Net of another checkout, whose modules stand in place of ours while it is built."""
+    ours = {name: module for name, module in sys.modules.items()
+            if Path(getattr(module, "__file__", None) or "/").is_relative_to(harness.ROOT)}
+    for name in ours:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    try:
+        other = importlib.import_module("models")
+        return other.build_segmenter(depth=depth, decoder_channels=models.default_decoder_channels(depth))
+    finally:
+        sys.path.remove(str(folder))
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder.resolve()):
+                del sys.modules[name]
+        sys.modules.update(ours)
 
 
 def step(function, maps, weights, compute):

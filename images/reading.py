@@ -139,7 +139,7 @@ def _read(path, choose, palette=True):
                 image = _pillow_values(opened, palette)
         if image.dtype.itemsize > 4:
             image = image.astype(np.float32)
-        if image.dtype.kind == "f" and not np.abs(image).max() < LARGEST:
+        if image.dtype.kind == "f" and not max(image.max(), -image.min()) < LARGEST:
             raise InputError(f"holds pixels that are NaN or infinite (or above {LARGEST}); save it with finite values")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

@@ -20,7 +20,7 @@ def connected_parts(mask: torch.Tensor) -> torch.Tensor:
     steps = torch.zeros(len(flat) + 1, dtype=torch.int32)             # up where a stretch begins, down where it ends
     steps[starts] = number.int() + 1
     steps[ends] -= number.int() + 1
-    return steps.cumsum(0, dtype=torch.int32)[:-1].view(height, width + 1)[:, :width]
+    return steps.cumsum_(0)[:-1].view(height, width + 1)[:, :width]
 
 
 def _touching(starts, ends, width):
