@@ -217,10 +217,11 @@ def output_files(records: list, args: Namespace, earlier=()) -> dict:
     for record in records:
         stem = record.image.stem
         files[record.image] = [folder and folder / f"{stem}.png" for folder in folders]
-        other = owners.setdefault(stem, record.name)
-        if other != record.name and any(folders):
-            raise InputError(f"{other} and {record.name} would both go into {stem}.png; give them to two commands, "
-                             f"each with a folder of its own")
+        path = os.path.abspath(record.image)
+        other = owners.setdefault(stem, path)
+        if other != path and any(folders):
+            raise InputError(f"{other} and {path} would both go into {stem}.png; give them to two commands, each with "
+                             f"a folder of its own")
     for folder in filter(None, folders):
         folder.mkdir(parents=True, exist_ok=True)
     return files
@@ -232,7 +233,9 @@ def read_table(file: Path, header: list) -> dict:
     if not file.is_file():
         return {}
     rows = [row for _, row in manifests.read_csv(file, header, ",".join(header))]
-    return {row["image"]: [row[name] for name in header] for row in rows}
+    if list(rows[0]) != header:
+        raise InputError(f"{file}: has other columns than {', '.join(header)}; move it away")
+    return {row["image"]: list(row.values()) for row in rows}
 
 
 def predict_masks(run: Path, config: dict, compute: Compute, args: Namespace) -> None:
@@ -376,8 +379,12 @@ def predict_by_folds(run: Path, config: dict, images, compute: Compute, args: Na
 def validation_scores(run: Path, config: dict) -> dict:
     """Return the scores of a cross-validation on all of its training images, each as the fold saw it that did not train
     on it."""
-    parts = [runs.load_checkpoint(folder / "best.pt", "validation")["validation"]
-             for folder in runs.fold_folders(run).values()]
+    parts = []
+    for folder in runs.fold_folders(run).values():
+        file = folder / "best.pt"
+        checkpoint = runs.load_checkpoint(file, "validation")
+        runs.check_setting(file, checkpoint, {"classes": config["classes"]})
+        parts.append(checkpoint["validation"])
     probabilities = torch.cat([part["probabilities"] for part in parts])
     truth = torch.cat([part["truth"] for part in parts])
     scores = dedl.classification_scores(probabilities > 0.5, truth, config["classes"])

@@ -61,7 +61,6 @@ def main(argv: list | None = None) -> None:
 # --------------------------------------------------------------------------------------------------------- segmentation
 def train_segmentation(args: Namespace, compute: Compute) -> None:
     # 1. the run's folder, the images
-    encoders.check_name("encoder", args.encoder)  # before much is read
     begun = find_run(args, f"seg-{args.data.name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}")
     out = args.out
     records, lines = manifests.find_records(args.data, args.seed)
@@ -102,7 +101,7 @@ def train_segmentation(args: Namespace, compute: Compute) -> None:
     while unfinished(state, args):
         started = time.perf_counter()
         loader = make_loader(tiles, tiles_an_epoch, args, compute, state)
-        (train_loss, penalty), speed = train_epoch(parts, loader, losses_of, compute, state, args)
+        train_loss, penalty = train_epoch(parts, loader, losses_of, compute, state, args)
         found = prediction.evaluate(fast.for_inference(model), val_fields, compute, class_weights)
         counts, val_loss, probabilities = found
         if process.rank() == 0:
@@ -115,7 +114,7 @@ def train_segmentation(args: Namespace, compute: Compute) -> None:
             "app_penalty": penalty,
         }
         best = {"setting": setting, "model": model.state_dict()}  # with or without APP it is the same
-        state = end_epoch(out, state, parts, best, row, "val_iou", started, speed)
+        state = end_epoch(out, state, parts, best, row, "val_iou", started)
     if process.rank() == 0:
         figures.save_curves(state["history"], out / "curves.png")
     print(f"done: best validation IoU {state['best']:.4f}; now: python test.py {out}")
@@ -235,12 +234,12 @@ def train_fold(parts: dict, labelled: data.Labelled, train: np.ndarray, validati
     while unfinished(state, args):
         started = time.perf_counter()
         loader = make_loader(images, len(images), args, compute, state)
-        (train_loss,), speed = train_epoch(parts, loader, losses_of, compute, state, args)
+        train_loss, = train_epoch(parts, loader, losses_of, compute, state, args)
         network = parts["model"]
         if averages(state["epoch"], args):  # from here on the average is what is validated and kept
             if not averages(state["epoch"] - 1, args):  # the first of them
                 parts["average"].n_averaged.zero_()
-                state = state | {"best": START["best"], "stale": 0}
+                state = state | {"best": START["best"]}
             network = update_average(parts, loader, compute)
         logits = prediction.classify(network, labelled.images, compute, validation)
         probabilities = logits.sigmoid()
@@ -260,7 +259,7 @@ def train_fold(parts: dict, labelled: data.Labelled, train: np.ndarray, validati
             "model": network.state_dict(),
             "validation": {"probabilities": probabilities, "truth": val_truth},
         }
-        state = end_epoch(out, state, parts, best, row, "val_f1_micro", started, speed)
+        state = end_epoch(out, state, parts, best, row, "val_f1_micro", started)
     if process.rank() == 0:
         figures.save_curves(state["history"], out / "curves.png")
     return state["best"]
@@ -276,9 +275,6 @@ def choose_folds(records: list, classes: list, args: Namespace) -> tuple:
     if len({frozenset(record.labels) for record in train}) == 1:
         what = f"the same label, {';'.join(train[0].labels)}" if train[0].labels else "no label"
         raise InputError(f"--data: all {len(train)} training images have {what}; there is nothing to tell apart")
-    for name in classes:
-        counts = Counter(record.split for record in records if name in record.labels)
-        print(f"  {name}: {', '.join(f'{counts[split]} {split}' for split in manifests.SPLITS)}")
     learnt = manifests.class_names(train)
     note([f"class {name} has no training image: it cannot be learnt and counts as missed"
           for name in classes if name not in learnt])
@@ -351,8 +347,8 @@ def choose_weights(wish: str | list, classes: list, published: dict, automatic: 
         "published": [published[name] for name in classes if name in published],
     }.get(str(wish), wish)
     if len(weights) != len(classes):
-        raise InputError(f"argument --class-weights: has {len(weights)} numbers for {', '.join(classes)}; give one for "
-                         f"each")
+        raise InputError(f"argument --class-weights {wish}: gives {len(weights)} weights for {', '.join(classes)}; it "
+                         f"must be one for each")
     return weights
 
 
@@ -441,18 +437,17 @@ def unfinished(state: dict, args: Namespace) -> bool:
 
 
 def train_epoch(parts: dict, loader: DataLoader, losses_of: Callable, compute: Compute, state: dict,
-                args: Namespace) -> tuple:
+                args: Namespace) -> list:
     """Go once over the loader. losses_of(logits, truth, share) gives the loss that is minimised and the losses to be
-    shown. Return the means of the latter, and the speed in images/s. Raises InputError where a loss is not finite."""
+    shown. Return the means of the latter. Raises InputError where a loss is not finite."""
     # dropout and its like draw anew in each epoch, so that a resumed run draws the same
     epoch = state["epoch"]
-    torch.manual_seed(int(np.random.default_rng((args.seed, epoch + 1, process.rank())).integers(2 ** 63)))
+    torch.manual_seed(args.seed * 1_000_003 + epoch * 1000 + process.rank())
     model = parts["model"].train()
     scaler = parts["scaler"]
     optimizers = [parts[name] for name in ("optimizer", "app_optimizer") if name in parts]
     weights = list(trained(parts).parameters())
     sums = seen = 0
-    started = time.perf_counter()
     bar = progress(loader, f"epoch {epoch + 1}", "batch")
     for step, (images, truth) in enumerate(bar):
         for group in parts["optimizer"].param_groups:
@@ -477,7 +472,7 @@ def train_epoch(parts: dict, loader: DataLoader, losses_of: Callable, compute: C
         bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}", refresh=False)
     process.combine(trained(parts).buffers(), 1 / process.world())  # each process has BatchNorm statistics of its own
     *sums, seen = process.total(torch.cat([sums, sums.new_tensor([seen])])).tolist()
-    return [value / seen for value in sums], seen / (time.perf_counter() - started)
+    return [value / seen for value in sums]
 
 
 def refuse_not_finite(loader: DataLoader, step: int, state: dict) -> None:
@@ -515,11 +510,13 @@ def is_better(state: dict, row: dict, score: str) -> bool:
     return (row[score], -row["val_loss"]) > (state["best"], -state["best_loss"])
 
 
-def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score: str, started: float,
-              speed: float) -> dict:
-    """Save what an epoch leaves: best.pt where its `score` is the best so far, last.pt, metrics.csv. Return the new
-    state."""
+def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score: str, started: float) -> dict:
+    """Save what an epoch leaves: best.pt where its `score` is the best so far, metrics.csv, last.pt. Return the new
+    state. Raises InputError, and saves nothing, if the validation failed."""
     epoch = state["epoch"] + 1
+    if not math.isfinite(row["val_loss"]):
+        raise InputError(f"the validation loss is not finite after epoch {epoch}, though training was; lower --lr or "
+                         f"use --amp off; nothing of this epoch was saved")
     better = is_better(state, row, score)
     first = {name: row[name] for name in ("train_loss", "val_loss", score)}
     row = {
@@ -540,7 +537,7 @@ def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score:
         process.save_csv(out / "metrics.csv", list(row), [values.values() for values in state["history"]])
         runs.save_checkpoint(last, out / "last.pt")
     print(f"epoch {epoch:3d}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  {score} "
-          f"{row[score]:.4f}{' *' if better else '  '}  {speed:.1f} images/s  {row['seconds']:.0f} s", flush=True)
+          f"{row[score]:.4f}{' *' if better else '  '}  {row['seconds']:.0f} s", flush=True)
     return state
 
 
@@ -553,10 +550,12 @@ def begin_or_resume(
     """Return the state of the loop, a new one or, with everything put where last.pt left it, of one that goes on."""
     if process.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
+        process.hold(out)
         for file in out.glob(".*.tmp"):  # what a kill left half written
             file.unlink()
     file = out / "last.pt"
     if not file.is_file():
+        process.combine(trained(parts).state_dict().values(), float(process.rank() == 0))  # all get the first one's
         return START
     last = runs.load_checkpoint(file, *parts, "state", "setting", "fold")
     runs.check_setting(file, last, {"setting": setting, "fold": fold})

@@ -95,10 +95,12 @@ def check(folder: Path, channels: tuple = ("DAPI",)) -> None:
     """Print what a data folder holds. Raises InputError after it has printed problems."""
     tasks = [task for task, (name, _) in manifests.MANIFESTS.items() if (folder / name).is_file()]
     problems = []
-    for task in tasks or ["seg"]:
-        _check_task(folder, task, channels, problems)
-    for problem in problems:
-        print("PROBLEM", problem)
+    try:
+        for task in tasks or ["seg"]:
+            _check_task(folder, task, channels, problems)
+    finally:
+        for problem in problems:
+            print("PROBLEM", problem)
     if problems:
         raise InputError(f"{folder}: {len(problems)} problems, listed above")
     print("no problems found")
@@ -144,8 +146,6 @@ def _check_images(rows, channels, kinds, problems):
         if np.ptp(field.image) == 0:
             problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
         if record.mask:
-            for note in manifests.inverted_masks([field]):
-                print("NOTE", note)
             nuclei += field.mask.sum()
             pixels += field.mask.numel()
             if not field.mask.any():

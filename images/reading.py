@@ -104,14 +104,9 @@ def normalise(image: np.ndarray, limits: tuple) -> np.ndarray:
 
 def channel_names(text: str) -> tuple:
     """Return the names of --channel: "DAPI,CD4" -> ("DAPI", "CD4"). Raises InputError."""
-    names = tuple(
-        name.strip()
-        for name in text.split(",")
-        if name.strip()
-    )
-    different = {name.upper() for name in names}
-    if not 0 < len(names) == len(different):
-        raise InputError(f"--channel {text!r}: give one or more pages, each once, as in DAPI,CD4")
+    names = tuple(filter(None, map(str.strip, text.split(","))))
+    if not names:
+        raise InputError(f"--channel {text!r}: give one or more pages, as in DAPI,CD4")
     return names
 
 
@@ -204,7 +199,7 @@ def _stain_pages(tiff, channels):
     for place, page in enumerate(pages):
         name = names[place]
         if not name or capitals.count(name.upper()) > 1:  # by such a name it would not be found again
-            name = "" if stack else str(place)
+            name = "" if stack else f"page {place}"
         known[name] = page
     return [_find_page(known, name, stack) for name in channels]
 

@@ -1,4 +1,4 @@
-"""The table that compares several runs: a line for each setting, mean and standard deviation over its seeds."""
+"""The table that compares several runs: a line for each setting, mean and standard deviation over its runs."""
 import statistics
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def setting_of(config, scores):
     setting["--weights"] = config["weights_used"]
     setting["--data"] = Path(config["data"]).name
     setting["folds"] = scores.get("folds")
-    setting["code"] = config["code"]
+    setting["code"] = config.get("code")
     return tuple((flag.replace("_", "-"), str(value)) for flag, value in setting.items())
 
 

@@ -26,8 +26,7 @@ class Compute:
 
     def __str__(self):
         precision = str(self.amp_dtype or torch.float32).removeprefix("torch.")
-        several = f" in {process.world()} processes" if process.world() > 1 else ""
-        return f"{self.device}{several}, {precision}"
+        return f"{self.device}, {precision}"
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)

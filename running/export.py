@@ -118,7 +118,6 @@ def best(folder, build, config):
     return fast.for_inference(model).to(memory_format=torch.contiguous_format)
 
 
-@torch.no_grad()
 def export(network, free, shape, suffix):
     """Return the content of the file, bytes, and what is in it as a function of an image. free: {axis: Dim}; shape: an
     example's."""
@@ -145,7 +144,6 @@ def export(network, free, shape, suffix):
     return buffer.getvalue(), exported
 
 
-@torch.no_grad()
 def check(exported, own, shape):
     """Compare the logits on a random image. Raises InputError where they differ by more than TOLERANCE."""
     image = torch.rand(shape)

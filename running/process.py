@@ -72,6 +72,8 @@ def command(main: Callable, argv: list | None = None, less_memory: str = "take s
         if world() == 1:
             raise
         fail(f"process {rank()}: {one_line(error, 300)}")  # most often because another one ended
+    finally:
+        _held.clear()
 
 
 def fail(message: str) -> None:
@@ -114,6 +116,22 @@ def save_csv(file: Path, header: list, rows: Iterable) -> None:
         csv.writer(handle).writerows([header, *rows])
 
 
+_held = []  # open files; their locks end with `command`
+
+
+def hold(folder: Path) -> None:
+    """Keep a folder for this process. Raises InputError if another one has it."""
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return
+    _held.append(open(folder / ".lock", "w"))
+    try:
+        fcntl.lockf(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would share
+    except BlockingIOError as error:
+        raise InputError(f"--out {folder}: another process is training into it; wait, or give another") from error
+
+
 # ---------------------------------------------------------------------------------------- several processes (torchrun)
 def join(device: str) -> None:
     """Join the processes of this training, if torchrun started it; device: the value of --device. All but the first
@@ -141,9 +159,9 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def from_first(make: Callable, *arguments):
-    """Return in all processes what make(*arguments) gives in the first one, which alone calls it."""
-    values = [make(*arguments) if rank() == 0 else None]
+def from_first(make: Callable):
+    """Return in all processes what make() gives in the first one, which alone calls it."""
+    values = [make() if rank() == 0 else None]
     if world() > 1:
         dist.broadcast_object_list(values)
     return values[0]

@@ -139,14 +139,11 @@ def check_setting(file: Path, checkpoint: dict, expected: dict) -> None:
 
 def fold_folders(run: Path) -> dict:
     """Return {number: folder} of the folds in a run's folder that have a best.pt."""
-    found = {}
-    for path in run.glob("fold*/best.pt"):
-        number = path.parent.name.removeprefix("fold")
-        if number.isdecimal():
-            found[int(number)] = path.parent
+    folders = {number: run / f"fold{number}" for number in range(1000)}
+    found = {number: folder for number, folder in folders.items() if (folder / "best.pt").is_file()}
     if not found:
         raise InputError(f"{run}: has no fold with a best.pt; is it the folder of a classification run?")
-    return dict(sorted(found.items()))
+    return found
 
 
 def code_digest() -> str:

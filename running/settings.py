@@ -116,9 +116,6 @@ def class_weights(text: str) -> str | list:
     return [positive(value) for value in text.split(",")]
 
 
-class_weights.__name__ = "auto|equal|published|W0,W1,..."  # argparse shows it: invalid ... value
-
-
 def parse_args(argv: list | None = None, description: str | None = None) -> Namespace:
     """Return the settings of a run; with --resume those it was started with are the defaults. End the program where
     they make no sense."""

@@ -159,7 +159,7 @@ BAD = [
     *[("cls", [flag, value], None, flag.strip("-") if flag == "--model" else flag) for flag, *values in CLS_FLAGS
       for value in values],
     ("cls", ["--fold", "3"], None, "argument --fold: 3 is not one of the 3 folds, 0 to 2"),
-    ("cls", ["--class-weights", "1,2"], None, "has 2 numbers for blue, green, red; give one for each"),
+    ("cls", ["--class-weights", "1,2"], None, "gives 2 weights for blue, green, red; it must be one for each"),
     ("cls", ["--model", "resnet18.nonsense"], None, "model 'resnet18.nonsense' is not a timm model; near it: resnet18"),
     ("cls", ["--model", "vit_tiny_patch16_224", "--image-size", "40"], None, "cannot classify images of 40 x 40"),
     *[("test", ["{seg}", flag, value], None, flag) for flag, *values in TEST_FLAGS for value in values],
@@ -248,7 +248,7 @@ BAD = [
     ("seg", [], array("field0.png", np.full((40, 67), np.nan, np.float32)), "new.tif: holds pixels that are NaN"),
     ("seg", [], lambda at: Image.new("L", (67, 40)).save(at.tiny / "field0.png", "GIF"), "field0.png: cannot be read"),
     ("seg", [], array("field0.png", np.zeros((2, 40, 67), np.uint8)),
-     "new.tif: no single page named 'DAPI' (--channel); it has 0, 1"),
+     "new.tif: no single page named 'DAPI' (--channel); it has page 0, page 1"),
     ("seg", [], array("labels0.png", np.zeros((2, 40, 67), np.uint8)),
      "new.tif: has 2 pages to choose from; it must be one"),
     ("seg", [], blank("field3.png", (58, 55), "RGB"), "field3.png: has 3 channels, field0.png has 1"),

@@ -43,10 +43,10 @@ def test_pages_are_found_by_name_wherever_they_are(tmp_path):
 
 def test_pages_without_names_are_taken_by_number(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.arange(3 * 64, dtype=np.uint16).reshape(3, 8, 8), photometric="minisblack")
-    with pytest.raises(InputError, match="it has 0, 1, 2"):
+    with pytest.raises(InputError, match="it has page 0, page 1, page 2"):
         reading.read_image(tmp_path / "a.tif")
     image, names = reading.read_image(tmp_path / "a.tif", ("2",))
-    assert image.min() == 128 and names == ("2",)
+    assert image.min() == 128 and names == ("page 2",)
     with pytest.raises(InputError, match="no single page named '3'"):
         reading.read_image(tmp_path / "a.tif", ("3",))
 

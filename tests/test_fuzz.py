@@ -12,7 +12,7 @@ from conftest import SHARED, write_folder, write_pictures
 from PIL import Image
 
 from images import manifests, reading
-from running import prediction, runs
+from running import runs
 from running.process import InputError
 
 CASES = 500  # of each kind of file
@@ -153,23 +153,16 @@ def test_damaged_checkpoints(cross_validated, tmp_path):
         assert all(torch.equal(found["model"][name], tensor) for name, tensor in whole["model"].items())
 
 
-@pytest.mark.parametrize("name", ["config.json"])
-def test_damaged_texts_of_a_run(cross_validated, tmp_path, name):
-    """Settings, and probabilities from which thresholds are chosen."""
+def test_damaged_settings_of_a_run(cross_validated, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(cross_validated[0], run)
-    file = run / name
+    file = run / "config.json"
     content = file.read_bytes()
     rng = np.random.default_rng(3)
-    classes = runs.read_config(run)["classes"]
     for _ in range(CASES):
         file.write_bytes(damaged(content, rng))
         try:
-            if name == "config.json":
-                config = runs.read_config(run)
-                assert all(isinstance(config[key], kind) for key, kind in runs.CONFIG["cls"].items())
-            else:
-                _, probabilities, truth = prediction.load_labels(file, classes)
-                assert probabilities.shape == truth.shape and ((probabilities >= 0) & (probabilities <= 1)).all()
+            config = runs.read_config(run)
+            assert all(isinstance(config[key], kind) for key, kind in runs.CONFIG["cls"].items())
         except InputError as error:
             assert str(file) in str(error) and "\n" not in str(error)

@@ -209,6 +209,24 @@ def test_going_on_where_the_data_have_moved(tiny, script, tmp_path):
     assert len(metrics(run)) == 2 and runs.read_config(run)["data"] == str(tmp_path / "moved")
 
 
+def test_one_process_at_a_time_trains_into_a_folder(whole, script, tmp_path):
+    """Also with loader processes, which live on for seconds after a kill; the folder is free at once."""
+    folder, run, log = whole[0], tmp_path / "run", tmp_path / "log"
+    arguments = ["--data", str(folder), *TRAIN, *EPOCHS, "--epochs", "500", "--patience", "0", "--workers", "1",
+                 "--out", str(run)]
+    child = FORKS.Process(target=train_on, args=(arguments, str(log)))
+    child.start()
+    deadline = time.monotonic() + 60
+    while "epoch   1" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    status, _, err = script(train, "--resume", "--out", run)
+    child.kill()
+    child.join()
+    assert status == 2 and err == f"error: --out {run}: another process is training into it; wait, or give another\n"
+    done = len(metrics(run))
+    assert script(train, "--resume", "--out", run, "--epochs", done + 1, "--workers", 0)[0] == 0
+
+
 def test_exchanged_folds_are_noticed(cross_validated, script, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(cross_validated[0], run)
