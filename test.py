@@ -40,7 +40,7 @@ def main(argv: list | None = None) -> None:
     if args.export:
         return export.export_run(folders[0], runs.read_config(folders[0]), args.export)
     compute = choose_compute(args.device, args.amp)
-    print(compute, flush=True)
+    print(compute)
     measured = []
     failed = []
     for run in folders:
@@ -50,7 +50,7 @@ def main(argv: list | None = None) -> None:
         except (OSError, InputError) as error:
             if len(folders) == 1:
                 raise
-            print(f"{run}: left out: {error}", flush=True)
+            print(f"{run}: left out: {error}")
             failed.append(str(error))
     if len(folders) > 1:
         comparison.show(measured)
@@ -161,7 +161,7 @@ def test_segmentation(
     rows = [(f"{name}: IoU {ious[i]:.3f}", fields[i], masks[i]) for name, i in shown.items()]
     figures.save_samples(rows, run / f"{args.split}.png")
     if brief:
-        print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}", flush=True)
+        print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}")
         return scores
     print(title(run, folder, args))
     for name, value in scores.items():
@@ -345,7 +345,7 @@ def test_classification(
     prediction.save_labels(run / f"{args.split}.csv", records, classes, ensemble)
     figures.save_labels(records, ensemble.numpy(), labelled.truth.numpy(), classes, run / f"{args.split}.png")
     if brief:
-        print(f"{title(run, folder, args)}: micro F1 {at_half['f1_micro']:.4f} of {len(folds)} folds", flush=True)
+        print(f"{title(run, folder, args)}: micro F1 {at_half['f1_micro']:.4f} of {len(folds)} folds")
     else:
         print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds")
         print_scores(measured)
@@ -388,7 +388,7 @@ def validation_scores(run: Path, config: dict) -> dict:
     probabilities = torch.cat([part["probabilities"] for part in parts])
     truth = torch.cat([part["truth"] for part in parts])
     scores = dedl.classification_scores(probabilities > 0.5, truth, config["classes"])
-    print(f"{run} on the validation parts of its {len(parts)} folds: micro F1 {scores['f1_micro']:.4f}", flush=True)
+    print(f"{run} on the validation parts of its {len(parts)} folds: micro F1 {scores['f1_micro']:.4f}")
     return {**scores, "folds": len(parts)}
 
 

@@ -94,7 +94,7 @@ def train_segmentation(args: Namespace, compute: Compute) -> None:
                          train_images_used=len(fields))
     print(f"{out}: {args.arch}/{args.encoder}, {config['parameters'] / 1e6:.2f} M parameters, APP {args.app}, "
           f"{len(fields)} training and {len(val_fields)} validation images, {tiles_an_epoch} tiles of {args.tile} "
-          f"an epoch, {compute}", flush=True)
+          f"an epoch, {compute}")
 
     # 3. the loop
     losses_of = segmentation_losses(app, torch.tensor(class_weights, device=compute.device), args)
@@ -201,7 +201,7 @@ def train_classification(args: Namespace, compute: Compute) -> None:
         listed = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(classes, class_weights))
         print(f"{out}, fold {number}: {args.model}, {config['parameters'] / 1e6:.2f} M parameters, {len(train)} "
               f"training and {len(validation)} validation images of {args.image_size}, {compute}; class weights "
-              f"{listed}", flush=True)
+              f"{listed}")
         best = {
             "setting": setting,
             "fold": number,
@@ -537,7 +537,7 @@ def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score:
         process.save_csv(out / "metrics.csv", list(row), [values.values() for values in state["history"]])
         runs.save_checkpoint(last, out / "last.pt")
     print(f"epoch {epoch:3d}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  {score} "
-          f"{row[score]:.4f}{' *' if better else '  '}  {row['seconds']:.0f} s", flush=True)
+          f"{row[score]:.4f}{' *' if better else '  '}  {row['seconds']:.0f} s")
     return state
 
 

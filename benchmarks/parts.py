@@ -1,6 +1,6 @@
 """The parts of a decoder in their fast forms (networks/fast.py) against the textbook ones (models.py): forward and
 backward pass of each, at the sizes that it has in U-Net/resnet18 of depth 3. Then what each form brings to the whole
-training step of U-Net, against segmentation_models_pytorch.
+training step of U-Net, and its inference, against segmentation_models_pytorch.
 
     python benchmarks/parts.py
     python benchmarks/parts.py --depth 5
@@ -56,21 +56,37 @@ def whole_steps(args, compute):
         "sub-pixel convolution alone": convolution,
         "both": fast.speed_up(both),
     }
+    folded = {"reference": networks["reference"], "ours": fast.for_inference(textbook)}
     if args.before:
-        networks["before"] = of_checkout(args.before, args.depth)
+        networks["before"], folded["before"] = of_checkout(args.before, args.depth)
     images = harness.batch(args, compute)
     sides = {}
     for name, network in networks.items():
         network.to(compute.device, memory_format=torch.channels_last).train()
         sides[name] = partial(harness.training_step, network, *images, compute)
-    seconds = harness.in_turn(sides, args.rounds, compute.device)
+    show(f"U-Net's training step, depth {args.depth}", sides, args.rounds, compute)
+    sides = {}
+    for name, network in folded.items():
+        network.to(compute.device, memory_format=torch.channels_last).eval()
+        sides[name] = partial(predict, network, images[0], compute)
+    show("inference, BatchNorms folded but in the reference", sides, 3 * args.rounds, compute)
+
+
+def show(what, sides, rounds, compute):
+    seconds = harness.in_turn(sides, rounds, compute.device)
     rows = [[name, f"{statistics.median(seconds[name]) * 1000:.0f} ms",
              f"{harness.ratio(seconds, 'reference', name):.2f}x"] for name in sides]
-    harness.table([f"U-Net's training step, depth {args.depth}", "time", "against the reference"], rows)
+    harness.table([what, "time", "against the reference"], rows)
+
+
+@torch.inference_mode()
+def predict(network, images, compute):
+    with compute.autocast():
+        network(images)
 
 
 def of_checkout(folder, depth):
-    """Return the U-Net of another checkout, whose modules stand in place of ours while it is built."""
+    """Return the U-Net of another checkout, to train and to predict; its modules stand in place of ours meanwhile."""
     ours = {name: module for name, module in sys.modules.items()
             if Path(getattr(module, "__file__", None) or "/").is_relative_to(harness.ROOT)}
     for name in ours:
@@ -78,7 +94,9 @@ def of_checkout(folder, depth):
     sys.path.insert(0, str(folder))
     try:
         other = importlib.import_module("models")
-        return other.build_segmenter(depth=depth, decoder_channels=models.default_decoder_channels(depth))
+        network = other.build_segmenter(depth=depth, decoder_channels=models.default_decoder_channels(depth))
+        folds = other if hasattr(other, "for_inference") else importlib.import_module("networks.fast")
+        return network, folds.for_inference(network)
     finally:
         sys.path.remove(str(folder))
         for name, module in list(sys.modules.items()):

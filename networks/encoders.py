@@ -271,7 +271,7 @@ def with_weights(network: nn.Module, create: Callable, name: str, weights: str) 
         reason = "no network, and none in the cache" if hub.HF_HUB_OFFLINE else one_line(error, 200)
     if weights == "imagenet":
         raise InputError(f"ImageNet weights for {name!r} can't be had ({reason}); use --weights none or a file")
-    print(f"WARNING: no ImageNet weights for {name} ({reason}); it starts random", flush=True)
+    print(f"WARNING: no ImageNet weights for {name} ({reason}); it starts random")
     return network, "none"
 
 

@@ -71,7 +71,11 @@ class _Gate(torch.autograd.Function):
     def forward(ctx, v, w1, b1, w2, b2, w3, b3):
         v = v.permute(0, 2, 3, 1).contiguous()                            # (N, H, W, C), no copy if channels_last
         with torch.autocast(v.device.type, enabled=False):
-            mean = v.mean((1, 2)).to(w1.dtype)                            # (N, C)
+            if v.dtype == torch.float16:                                  # whose sums might overflow
+                mean = v.mean((1, 2))
+            else:                                                         # several times as fast in bfloat16
+                mean = v.sum((1, 2)) / v[0, ..., 0].numel()
+            mean = mean.to(w1.dtype)                                      # (N, C)
             hidden = F.relu(F.linear(mean, w1, b1))
             c = torch.sigmoid(F.linear(hidden, w2, b2))                   # (N, C)
             s = torch.sigmoid(F.linear(v, w3.to(v.dtype), b3.to(v.dtype)))  # (N, H, W, 1)

@@ -55,7 +55,7 @@ def command(main: Callable, argv: list | None = None, less_memory: str = "take s
     """Run a script's main. What the user can mend ends in one line on stderr and exit status 2, Ctrl-C and SIGTERM in
     one line and status 130. less_memory: what to lower where memory is too small."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a file's name may be no text
     try:
         record(main)(argv)  # under torchrun, its report then holds the traceback
     except InputError as error:

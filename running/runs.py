@@ -29,7 +29,7 @@ CONFIG = {  # what is needed of a config.json
 def synthetic_folder() -> Path:
     """Return the folder of the built-in synthetic set, made on first use."""
     if not (SYNTHETIC / "segmentation.csv").is_file():
-        print(f"making the built-in synthetic set in {SYNTHETIC} ...", flush=True)
+        print(f"making the built-in synthetic set in {SYNTHETIC} ...")
         folders.write_synthetic(SYNTHETIC)
     return SYNTHETIC.resolve()
 
