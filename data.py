@@ -4,7 +4,7 @@
     python data.py dsb2018 STAGE1_TRAIN OUT     import the Data Science Bowl 2018 download (its fluorescence images)
     python data.py check DIR                    report what a data folder holds, and what is wrong with it
 
-Segmentation: image (C, H, W) float32 in [0, 1], mask (H, W) of 0 and 1.
+Segmentation: image (C, H, W) float32 in [0, 1], truth (H, W) of classes, see dedl.nucleus_classes.
 Classification: image (3, S, S) uint8, labels (classes,) of 0 and 1.
 """
 import glob
@@ -24,13 +24,14 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+import dedl
 from images import folders, manifests, reading
-from images.manifests import Field
+from images.manifests import Field, Record
 from running import process
 from running.process import InputError, progress
 
-IMAGE_MEMORY = 4 << 30        # bytes; images to classify are kept in memory up to here
 ROTATION = 10                 # degrees
+EMPTY = 0.02                  # of the tiles are made to show background alone
 PUBLISHED_ROTATION = 3        # degrees, of the authors' notebooks
 
 
@@ -45,8 +46,8 @@ def seeded(*numbers: int):
 
 
 def tile_augmentation(recipe: str, tile: int) -> v2.Compose:
-    """Return what changes a tile's image and mask alike, masks to the nearest pixels. paper: the notebooks'; zeros in
-    the corners. short: tiles come with a margin, from which the corners are filled."""
+    """Return what changes a tile's image and truth alike, the truth to the nearest pixels. paper: the notebooks'; zeros
+    in the corners. short: tiles come with a margin, from which the corners are filled."""
     if recipe == "paper":
         return v2.Compose([
             v2.RandomRotation(PUBLISHED_ROTATION),
@@ -91,7 +92,7 @@ def read_fields(
     what: str = "images",
 ) -> list:
     """Read the records' images and masks into memory, in their order. Raises InputError, also where images differ in
-    their number of channels or their stains."""
+    their number of channels."""
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
         read = pool.map(lambda record: manifests.read_field(record, channels), records)
         fields = list(progress(read, f"reading {what}", total=len(records)))
@@ -100,10 +101,6 @@ def read_fields(
         if len(field.image) != len(first.image):
             raise InputError(f"{field.record.image}: has {len(field.image)} channels, {first.record.image.name} has "
                              f"{len(first.image)}; all images of a data folder must have as many")
-        if stains(channels, field.channels) != stains(channels, first.channels):
-            raise InputError(f"{field.record.image}: the pages {', '.join(channels)} (--channel) are "
-                             f"{', '.join(field.channels)}, in {first.record.image.name} {', '.join(first.channels)}; "
-                             f"give names, or files with the same pages")
     return fields
 
 
@@ -114,7 +111,7 @@ def stains(asked: tuple, found: tuple) -> tuple:
 
 
 class Crops(Dataset):
-    """Tiles of the training images, augmented: image (C, tile, tile) float32, mask (tile, tile) int64.
+    """Tiles of the training images, augmented: image (C, tile, tile) float32, truth (tile, tile) int64.
 
     A pass draws from each image as many random tiles as cover its area; published: the tiles of a grid. passes: how
     many passes the indices hold.
@@ -127,8 +124,10 @@ class Crops(Dataset):
         seed: int = 0,
         recipe: str = "short",
         passes: int = 1,
+        classes: int = 2,
     ):
         self.fields = fields
+        self.truths = [dedl.nucleus_classes(field.labels, classes) for field in fields]
         self.tile = tile
         self.seed = seed
         self.epoch = 0
@@ -151,24 +150,36 @@ class Crops(Dataset):
         i, top, left = self.places[index % len(self.places)]
         with seeded(self.seed, self.epoch, index):
             if self.published:
-                image, mask = padded_tile(self.fields[i], top, left, self.tile)
+                image, truth = padded_tile(self.fields[i], self.truths[i], top, left, self.tile)
             else:
-                image, mask = random_tile(self.fields[i], self.tile)
-            image, mask = self.augment(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long()
+                image, truth = random_tile(self.fields[i], self.truths[i], self.tile)
+            image, truth = self.augment(tv_tensors.Image(image), tv_tensors.Mask(truth))
+            image, truth = image.as_subclass(torch.Tensor), truth.as_subclass(torch.Tensor).long()
+            if not self.published and torch.rand(()) < EMPTY:
+                image, truth = emptied(image, truth)
+        return image, truth
 
-    def file_of(self, index: int) -> Path:
-        """Return the image file that a tile is cut from."""
-        return self.fields[self.places[index % len(self.places)][0]].record.image
 
-
-def random_tile(field: Field, tile: int) -> tuple:
-    """Return a random tile, image (C, S, S) float32 and mask (S, S) uint8, with the margin that a rotation needs: S is
-    tile * (cos + sin) of the largest angle. Beyond the border the image is mirrored."""
+def random_tile(field: Field, truth: torch.Tensor, tile: int) -> tuple:
+    """Return a random tile of image (C, S, S) float32 and truth (S, S) uint8, with the margin that a rotation needs: S
+    is tile * (cos + sin) of the largest angle. Beyond the border the image is mirrored."""
     angle = math.radians(ROTATION)
     margin = math.ceil(tile * (math.cos(angle) + math.sin(angle) - 1) / 2)
     rows, columns = (mirrored_window(size, tile, margin) for size in field.shape)
-    return field.window(rows, columns), field.mask[rows[:, None], columns].byte()
+    return field.window(rows, columns), truth[rows[:, None], columns]
+
+
+def emptied(image: torch.Tensor, truth: torch.Tensor) -> tuple:
+    """Return a tile (C, S, S) without nuclei and its truth (S, S): pixels of the tile's background in random order,
+    blurred, and brought to [0, 1] as whole images are. Who never saw such tiles finds nuclei in every empty image,
+    since there the normalisation makes noise as bright as nuclei."""
+    background = image[:, truth == 0]                                                   # (C, pixels)
+    if not background.numel():
+        return image, truth
+    noise = background[:, torch.randint(background.shape[1], truth.shape)]              # (C, S, S)
+    sigma = 0.1 + 3 * torch.rand(()).item() ** 2
+    noise = v2.functional.gaussian_blur(noise, 13, [sigma]).numpy()
+    return torch.from_numpy(reading.normalise(noise, reading.find_limits(noise))), torch.zeros_like(truth)
 
 
 def mirrored_window(size: int, tile: int, margin: int) -> torch.Tensor:
@@ -181,60 +192,47 @@ def mirrored_window(size: int, tile: int, margin: int) -> torch.Tensor:
     return torch.minimum(index, period - index).clamp(max=size - 1)
 
 
-def padded_tile(field: Field, top: int, left: int, tile: int) -> tuple:
+def padded_tile(field: Field, truth: torch.Tensor, top: int, left: int, tile: int) -> tuple:
     """Return the tile at (top, left), as the authors' notebooks cut it: zeros beyond the border."""
     rows = slice(top, top + tile)
     columns = slice(left, left + tile)
     image = field.window(rows, columns)                                                 # (C, h, w)
-    mask = field.mask[rows, columns].byte()                                             # (h, w)
-    beyond = (0, tile - mask.shape[1], 0, tile - mask.shape[0])
-    return F.pad(image, beyond), F.pad(mask, beyond)
+    truth = truth[rows, columns]                                                        # (h, w)
+    beyond = (0, tile - truth.shape[1], 0, tile - truth.shape[0])
+    return F.pad(image, beyond), F.pad(truth, beyond)
 
 
 # ----------------------------------------------------------------------------------------- classification: whole images
 @dataclass
 class Labelled:
-    """Records with their truth (N, classes) bool, and their images by index, uint8 (3, S, S)."""
+    """Records with their truth (N, classes) bool, and their images, uint8 (N, 3, S, S)."""
     records: list
     classes: list
     truth: torch.Tensor
-    images: object
+    images: torch.Tensor
 
 
-class ImagesOnDisk:
-    """The records' images by index, uint8 (3, size, size), read and resized at each access. They are stretched to a
-    square, as in the paper, so that nothing is cut off. interpolation: "bicubic", "bilinear" or "nearest"."""
-
-    def __init__(self, records: list, size: int, interpolation: str):
-        self.records = records
-        self.size = size
-        self.interpolation = v2.InterpolationMode(interpolation)
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, index):
-        image = torch.from_numpy(reading.read_rgb(self.records[index].image))
-        return v2.functional.resize(image, [self.size, self.size], self.interpolation, antialias=True)
+def read_square(record: Record, size: int, interpolation: str) -> torch.Tensor:
+    """Return the record's image, uint8 (3, size, size), stretched to a square, as in the paper, so that nothing is cut
+    off. interpolation: "bicubic", "bilinear" or "nearest"."""
+    image = torch.from_numpy(reading.read_rgb(record.image))
+    return v2.functional.resize(image, [size, size], v2.InterpolationMode(interpolation), antialias=True)
 
 
 def read_labelled(records: list, classes: list, size: int, interpolation: str = "bicubic",
                   what: str = "images") -> Labelled:
-    """Return the records as Labelled, size x size pixels. The images are read once, into one tensor; if that would take
-    more than IMAGE_MEMORY they stay on disk. Raises InputError, also for a label that is none of the classes."""
+    """Return the records as Labelled, size x size pixels. Raises InputError, also for a label that is none of the
+    classes."""
     for record in records:
         for label in record.labels:
             if label not in classes:
                 raise InputError(f"{record.image}: its label {label!r} is none of the run's, {', '.join(classes)}")
     truth = torch.tensor([[name in record.labels for name in classes] for record in records], dtype=torch.bool)
-    images = ImagesOnDisk(records, size, interpolation)
-    if len(records) * 3 * size * size <= IMAGE_MEMORY:
-        kept = torch.empty(len(records), 3, size, size, dtype=torch.uint8)
-        with ThreadPoolExecutor() as pool:
-            read = pool.map(images.__getitem__, range(len(records)))
-            for place, image in zip(kept, progress(read, f"reading {what}", total=len(records))):
-                place.copy_(image)
-        images = kept
+    images = torch.empty(len(records), 3, size, size, dtype=torch.uint8)
+    with ThreadPoolExecutor() as pool:
+        read = pool.map(lambda record: read_square(record, size, interpolation), records)
+        for place, image in zip(images, progress(read, f"reading {what}", total=len(records))):
+            place.copy_(image)
     return Labelled(records, classes, truth, images)
 
 
@@ -262,10 +260,6 @@ class AugmentedImages(Dataset):
         index = int(self.chosen[place])
         with seeded(self.seed, self.epoch, index):
             return self.augment(self.labelled.images[index]), self.labelled.truth[index].float()
-
-    def file_of(self, place: int) -> Path:
-        """Return the file of an image."""
-        return self.labelled.records[self.chosen[place]].image
 
 
 def make_folds(records: list, count: int, seed: int = 77) -> list:

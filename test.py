@@ -3,9 +3,9 @@
     python test.py                             the newest run, on the test split of its data folder
     python test.py runs/*                      these runs on their validation rows, and a table that compares them
     python test.py RUN --tta                   the mean prediction over flips (and, to segment, turns)
-    python test.py RUN --save-masks DIR        segmentation: the predicted masks too, one PNG an image
-    python test.py RUN --images "new/*.tif"    images without truth: predictions.csv, to segment with masks beside it
-    python test.py RUN --export FILE           its network as FILE.pt2 or FILE.onnx, to be used without this project
+    python test.py RUN --save-masks DIR        segmentation: masks, label images and outlines too, of each image
+    python test.py RUN --images "new/*.tif"    images without truth: the same, and tables of images and of nuclei
+    python test.py RUN --export FILE           its network as FILE.pt2, to be used without this project
 
 Each run's folder gets test.json (the printed numbers) and test.png: of a segmentation the best, median and worst image
 with contours, of a classification images with their true labels and those found. Whole images are measured, of any
@@ -14,6 +14,7 @@ fold and as the ensemble of its folds, their mean probability.
 """
 import os
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,10 @@ from images.manifests import Record
 from networks import encoders, fast
 from running import comparison, export, figures, nuclei, prediction, process, runs
 from running.compute import PRECISIONS, Compute, choose_compute
-from running.process import InputError, progress
+from running.process import InputError, note, progress
+
+# flags of segmentations alone, with their defaults
+OF_NUCLEI = {"save_masks": None, "save_probabilities": None, "channel": None, "ring": 0, "rois": False, "scale": 1.0}
 
 
 def main(argv: list | None = None) -> None:
@@ -67,12 +71,19 @@ def parse_args(argv: list | None) -> Namespace:
         "validation parts of its folds]")
     add("--images", nargs="+", metavar="PATH", help="predict these images without truth: files, folders, or patterns "
         "like \"new/*.tif\"")
-    add("--save-masks", type=Path, metavar="DIR", help="write predicted masks there, <image stem>.png, 0 and 255, and "
-        "of --images predictions.csv [with --images: RUN/predictions]")
+    add("--save-masks", type=Path, metavar="DIR", help="write there, for each image, <stem>.png (the mask, 0 "
+        "and 255), <stem>_labels.tif (nuclei), <stem>_overlay.png, and of --images predictions.csv and nuclei.csv "
+        "[with --images: RUN/predictions]")
     add("--save-probabilities", type=Path, metavar="DIR", help="write the nucleus probability there, <image stem>.png, "
         "16 bits: 0 to 65535")
     add("--channel", help="pages of multi-page TIFFs, where they are named otherwise than in training [the run's]")
-    add("--export", type=Path, metavar="FILE", help="write the network to FILE.pt2 (torch.export) or FILE.onnx")
+    add("--ring", type=process.number(int, 0, 1000), default=0, metavar="N", help="in nuclei.csv also the means in a "
+        "ring of N pixels around each nucleus, as a stand-in for its cell [0: none]")
+    add("--rois", action="store_true", help="write ImageJ's RoiSet.zip too; needs roifile")
+    add("--scale", type=process.number(float, 0.05, 20), default=1.0, metavar="S", help="enlarge images by S before "
+        "they are predicted, where nuclei or pixels are of another size than in training; what is written has their "
+        "own size [1]")
+    add("--export", type=Path, metavar="FILE", help="write the network to FILE.pt2 (torch.export)")
     add("--tta", action="store_true", help="average over flips and turns of each image: eight times slower to segment, "
         "four times to classify (flips alone)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
@@ -87,11 +98,15 @@ def parse_args(argv: list | None) -> Namespace:
             parser.error(f"argument --{flag.replace('_', '-')}: takes one run; name one")
     if args.images and args.data:
         parser.error("argument --images: takes the place of a data folder; leave --data out")
-    others = (args.images, args.data, args.save_masks, args.save_probabilities, args.tta, args.channel)
-    if args.export and any(others):
+    if args.export and (args.images or args.data or args.tta or flags_of_nuclei(args)):
         parser.error("argument --export: writes the network alone; leave --images, --data, --save-..., --channel and "
                      "--tta out")
     return args
+
+
+def flags_of_nuclei(args: Namespace) -> list:
+    """Return the flags given that only a segmentation takes."""
+    return [f"--{name.replace('_', '-')}" for name, default in OF_NUCLEI.items() if getattr(args, name) != default]
 
 
 def test(
@@ -106,8 +121,8 @@ def test(
         if args.images:
             return predict_masks(run, config, compute, args)
         return test_segmentation(run, config, compute, args, brief)
-    if args.save_masks or args.save_probabilities or args.channel:
-        raise InputError(f"{run}: is a classification; it takes no --save-masks, --save-probabilities or --channel")
+    if flags := flags_of_nuclei(args):
+        raise InputError(f"{run}: is a classification; it takes no {', '.join(flags)}")
     if args.images:
         return predict_labels(run, config, compute, args)
     if args.by_parts:
@@ -142,23 +157,31 @@ def test_segmentation(
     # 1. the network, the images, where files go
     model = runs.load_best(run, models.build_segmenter, compute, config)
     folder, records = find_split(config, args)
-    files = output_files(records, args)
+    names = output_names(records, args)
     fields = data.read_fields(records, channels_of(config, args), f"{args.split} images")
     check_channels(fields[0], run, config)
 
     # 2. predict and measure
-    counts, _, probabilities = prediction.evaluate(fast.for_inference(model), fields, compute, tta=args.tta)
-    masks = [probability > 0.5 for probability in probabilities]
-    for record, mask, probability in zip(records, masks, probabilities):
-        save_prediction(mask, probability, *files[record.image])
+    model = fast.for_inference(model)
+    counts, _, probabilities = prediction.evaluate(model, fields, compute, tta=args.tta, scale=args.scale)
+    smallest = config.get("nucleus", nuclei.UNKNOWN)["smallest"] / args.scale ** 2
+    found = []
+    for field, own in zip(fields, probabilities):
+        mask, seeds = nuclei.mask_and_seeds(own)
+        found.append(nuclei.separate(mask, seeds, smallest))
+        name = names[field.record.image]
+        save_nuclei(mask, found[-1], figures.overview(field), field.record, name, args)
+        save_probability(own, name, args)
     scores = dedl.segmentation_scores(counts)
+    if any(field.labelled for field in fields):
+        scores |= nuclei.scores(found, fields)
 
     # 3. numbers, a figure
     runs.save_json({**scores, "tta": args.tta, "split": args.split, "data": str(folder)}, run / f"{args.split}.json")
     ious = [dedl.image_iou(c) for c in counts]
     order = sorted(range(len(ious)), key=ious.__getitem__)
     shown = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
-    rows = [(f"{name}: IoU {ious[i]:.3f}", fields[i], masks[i]) for name, i in shown.items()]
+    rows = [(f"{name}: IoU {ious[i]:.3f}", fields[i], found[i]) for name, i in shown.items()]
     figures.save_samples(rows, run / f"{args.split}.png")
     if brief:
         print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}")
@@ -183,17 +206,32 @@ def check_channels(field: manifests.Field, run: Path, config: dict) -> None:
         raise InputError(f"{field.record.image}: has {len(field.image)} channels; {run} was trained on {channels}")
 
 
-def save_prediction(
+def save_nuclei(
     mask: torch.Tensor,
-    probability: torch.Tensor,
-    mask_file: Path | None,
-    probability_file: Path | None,
+    labels: torch.Tensor,
+    view: torch.Tensor,
+    record: Record,
+    name: str,
+    args: Namespace,
 ) -> None:
-    """Write a mask (H, W) and the probability of the nucleus (H, W), each where a file is given."""
-    if mask_file:
-        save_png(mask.numpy().astype(np.uint8) * 255, mask_file)
-    if probability_file:
-        save_png((probability * 65535).round().numpy().astype(np.uint16), probability_file)
+    """Write a mask (H, W), the nuclei in it (H, W) and a picture of their outlines, under this name in --save-masks, if
+    it is given. view: what figures.overview gave."""
+    if not args.save_masks:
+        return
+    folder = args.save_masks
+    save_png(mask.numpy().astype(np.uint8) * 255, folder / f"{name}.png")
+    nuclei.save_labels(labels, folder / f"{name}_labels.tif", reading.pixel_size(record.image))
+    save_png(figures.overlay(view, labels), folder / f"{name}_overlay.png")
+    if args.rois:
+        nuclei.save_rois(labels, folder / f"{name}_RoiSet.zip")
+
+
+def save_probability(probabilities: torch.Tensor, name: str, args: Namespace) -> None:
+    """Write the probability of the mask, the sum of those of its classes (classes - 1, H, W), under this name in
+    --save-probabilities, if it is given."""
+    if args.save_probabilities:
+        values = (probabilities.sum(0) * 65535).round().numpy().astype(np.uint16)
+        save_png(values, args.save_probabilities / f"{name}.png")
 
 
 def save_png(array, file):
@@ -201,77 +239,80 @@ def save_png(array, file):
         Image.fromarray(array).save(handle, "PNG")
 
 
-def output_files(records: list, args: Namespace, earlier=()) -> dict:
-    """Return {image: [file of its mask, file of its probability]}, DIR/<image stem>.png of the flags' DIRs or None, and
-    make these folders. earlier: images whose masks are there. Raises InputError if two images would go into one file,
-    or one might overwrite data."""
+def output_names(records: list, args: Namespace, earlier=()) -> dict:
+    """Return {image: how its files are called}: its stem or, where several images have it, FOLDER_STEM; and make the
+    folders of --save-masks and --save-probabilities. earlier: images whose files are there. Raises InputError if two
+    images would go into one file, or one might overwrite data."""
     inputs = {path.resolve().parent for record in records for path in (record.image, record.mask) if path}
-    folders = (args.save_masks, args.save_probabilities)
-    for folder in filter(None, folders):
+    for folder in filter(None, (args.save_masks, args.save_probabilities)):
         if folder.resolve() in inputs:
             raise InputError(f"--save-masks or --save-probabilities {folder}: holds images or masks already; give "
                              f"another folder")
         inputs.add(folder.resolve())
-    owners = {Path(image).stem: image for image in earlier}
-    files = {}
-    for record in records:
-        stem = record.image.stem
-        files[record.image] = [folder and folder / f"{stem}.png" for folder in folders]
-        path = os.path.abspath(record.image)
-        other = owners.setdefault(stem, path)
-        if other != path and any(folders):
-            raise InputError(f"{other} and {path} would both go into {stem}.png; give them to two commands, each with "
-                             f"a folder of its own")
-    for folder in filter(None, folders):
         folder.mkdir(parents=True, exist_ok=True)
-    return files
-
-
-def read_table(file: Path, header: list) -> dict:
-    """Return {image: row} of a table with this header that earlier calls wrote, {} where there is none. Raises
-    InputError for other tables."""
-    if not file.is_file():
-        return {}
-    rows = [row for _, row in manifests.read_csv(file, header, ",".join(header))]
-    if list(rows[0]) != header:
-        raise InputError(f"{file}: has other columns than {', '.join(header)}; move it away")
-    return {row["image"]: list(row.values()) for row in rows}
+    paths = {os.path.abspath(record.image): record.image for record in records}
+    stems = Counter(Path(path).stem for path in {*earlier, *paths})
+    names = {}
+    for path, image in paths.items():
+        stem = Path(path).stem
+        names[image] = stem if stems[stem] == 1 else f"{Path(path).parent.name}_{stem}"
+    for name, number in Counter(names.values()).items():
+        if number > 1 and (args.save_masks or args.save_probabilities):
+            raise InputError(f"{number} images would go into {name}.png; give them to two commands, each with a "
+                             f"--save-masks of its own")
+    return names
 
 
 def predict_masks(run: Path, config: dict, compute: Compute, args: Namespace) -> None:
-    """Predict images without truth, one after another: into RUN/predictions or --save-masks DIR their masks and a
-    table, predictions.csv, of nucleus area and count, to which later calls add. Images that cannot be read are
-    named at the end; then InputError is raised."""
+    """Predict images without truth, one after another: into RUN/predictions or --save-masks DIR the files of
+    save_nuclei and two tables, to which later calls add: predictions.csv, a row an image, and nuclei.csv, a row a
+    nucleus. Images that cannot be read are named at the end; then InputError is raised."""
+    # 1. the network, where files go
     records = new_records(args)
     args.save_masks = args.save_masks or run / "predictions"
     table = args.save_masks / "predictions.csv"
-    header = ["image", "height", "width", "nucleus_area_fraction", "nuclei"]
-    rows = read_table(table, header)
-    files = output_files(records, args, earlier=rows)
+    names = output_names(records, args, [row["image"] for row in prediction.earlier_rows(table)])
     model = fast.for_inference(runs.load_best(run, models.build_segmenter, compute, config))
-    finished = 0
+    usual = config.get("nucleus", nuclei.UNKNOWN)
+    images = {}    # {name: columns of predictions.csv}
+    measured = {}  # {name: columns of nuclei.csv}
     unreadable = []
+
+    # 2. image by image
     try:
         for record in progress(records, "predicting"):
+            name = names[record.image]
             try:
                 field = manifests.read_field(record, channels_of(config, args))
                 check_channels(field, run, config)
             except InputError as error:
                 unreadable.append(str(error))
                 continue
-            probability, = prediction.predict(model, [field], compute, args.tta)
-            mask = probability > 0.5
-            save_prediction(mask, probability, *files[record.image])
-            area = np.count_nonzero(mask) / mask.numel()
-            rows[record.name] = [record.name, *mask.shape, f"{area:.6f}", nuclei.connected_parts(mask).max().item()]
-            finished += 1
+            view = figures.overview(field)
+            probabilities = prediction.predict(model, field, compute, args.tta, args.scale)
+            save_probability(probabilities, name, args)
+            mask, seeds = nuclei.mask_and_seeds(probabilities)
+            del field, probabilities  # a large image needs the memory
+            labels = nuclei.separate(mask, seeds, usual["smallest"] / args.scale ** 2)
+            save_nuclei(mask, labels, view, record, name, args)
+            measured[record.name] = nuclei.measure(labels, record.image, args.ring)
+            images[record.name] = {
+                "height": [mask.shape[0]],
+                "width": [mask.shape[1]],
+                "nucleus_area_fraction": [np.count_nonzero(mask) / mask.numel()],
+                "nuclei": [labels.max().item()],
+            }
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {finished} of {len(records)} images are in {table}") from None
+        raise KeyboardInterrupt(f"interrupted; {len(images)} of {len(records)} images are in {table}") from None
     finally:
-        if finished:
-            process.save_csv(table, header, rows.values())
-    if finished:
-        print(f"{table}: {finished} images, their masks beside it; {len(rows)} in all")
+        if images:
+            prediction.save_rows(args.save_masks / "nuclei.csv", measured)
+            in_all = prediction.save_rows(table, images)
+
+    # 3. what was found
+    if images:
+        print(f"{table}: {len(images)} images, their nuclei in nuclei.csv beside it; {in_all} in all")
+        note(nuclei.unlike_training(measured, usual, args.scale))
     refuse_unreadable(unreadable, records)
 
 
@@ -396,23 +437,21 @@ def predict_labels(run: Path, config: dict, compute: Compute, args: Namespace) -
     """Write the ensemble's probabilities for images without truth to RUN/predictions.csv, to which later calls add.
     Images that cannot be read are named at the end; then InputError is raised."""
     table = run / "predictions.csv"
-    header = ["image", *config["classes"]]
-    rows = read_table(table, header)
     records = new_records(args)
-    on_disk = data.ImagesOnDisk(records, config["image_size"], encoders.interpolation(config["model"]))
+    interpolation = encoders.interpolation(config["model"])
     images = {}
     unreadable = []
-    for i, record in enumerate(progress(records, "reading")):
+    for record in progress(records, "reading"):
         try:
-            images[record.name] = on_disk[i]                                                            # (3, S, S)
+            images[record.name] = data.read_square(record, config["image_size"], interpolation)         # (3, S, S)
         except InputError as error:
             unreadable.append(str(error))
     if images:
         folds = list(predict_by_folds(run, config, list(images.values()), compute, args).values())
-        for name, probabilities in zip(images, torch.stack(folds).mean(0).tolist()):
-            rows[name] = [name, *(f"{p:.6f}" for p in probabilities)]
-        process.save_csv(table, header, rows.values())
-        print(f"{table}: {len(images)} images, mean probabilities of {len(folds)} folds; {len(rows)} in all")
+        ensemble = torch.stack(folds).mean(0)[:, :, None].tolist()
+        rows = {name: dict(zip(config["classes"], own)) for name, own in zip(images, ensemble)}
+        in_all = prediction.save_rows(table, rows)
+        print(f"{table}: {len(images)} images, mean probabilities of {len(folds)} folds; {in_all} in all")
     refuse_unreadable(unreadable, records)
 
 

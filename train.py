@@ -29,9 +29,9 @@ import dedl
 import models
 from images import manifests, reading
 from networks import encoders, fast
-from running import figures, prediction, process, runs
+from running import figures, nuclei, prediction, process, runs
 from running.compute import Compute, choose_compute
-from running.process import InputError, progress
+from running.process import InputError, note, progress
 from running.settings import digest, how_to_go_on, parse_args, refuse_other_data, refuse_other_settings
 
 SWA_SHARE, SWA_RATE = 0.25, 0.25  # --swa averages over the last quarter of the epochs, at a quarter of the largest rate
@@ -67,9 +67,9 @@ def train_segmentation(args: Namespace, compute: Compute) -> None:
     refuse_other_data(args, records, begun)
     print(*lines, sep="\n")
     note(manifests.leaks(records))
-    fields, val_fields = load_splits(records, args)
-    class_weights = segmentation_weights(args.class_weights, fields)
-    tiles = data.Crops(fields, args.tile, args.seed, args.recipe)
+    fields, val_fields, classes = load_splits(records, args)
+    class_weights = segmentation_weights(args.class_weights, fields, classes)
+    tiles = data.Crops(fields, args.tile, args.seed, args.recipe, classes=classes)
     tiles_an_epoch = args.steps * args.batch_size or len(tiles)
     tiles.passes = math.ceil(tiles_an_epoch / len(tiles))
 
@@ -79,45 +79,40 @@ def train_segmentation(args: Namespace, compute: Compute) -> None:
         "arch": args.arch,
         "encoder": args.encoder,
         "in_channels": len(fields[0].image),
-        "classes": 2,
+        "classes": classes,
         "depth": args.depth,
         "decoder_channels": list(models.default_decoder_channels(args.depth)),
     }
     resumes = (out / "last.pt").is_file()  # not if a run was interrupted in its first epoch
     model = models.build_segmenter(**setting, weights="none" if resumes else args.weights)
-    app = dedl.build_app(args.app, args.tile, activation=args.app_activation)
+    app = dedl.build_app(args.app, args.tile, classes, args.app_activation)
     parts = make_parts(model, app, args, compute)
     state = begin_or_resume(out, parts, setting)
     weights_used = begun["weights_used"] if resumes else model.weights_used
     config = save_config(args, compute, parts, records, setting=setting, weights_used=weights_used,
                          class_weights_used=class_weights, channels=fields[0].channels,
-                         train_images_used=len(fields))
+                         train_images_used=len(fields), nucleus=nuclei.describe(fields))
     print(f"{out}: {args.arch}/{args.encoder}, {config['parameters'] / 1e6:.2f} M parameters, APP {args.app}, "
-          f"{len(fields)} training and {len(val_fields)} validation images, {tiles_an_epoch} tiles of {args.tile} "
-          f"an epoch, {compute}")
+          f"{classes} classes, {len(fields)} training and {len(val_fields)} validation images, {tiles_an_epoch} tiles "
+          f"of {args.tile} an epoch, {compute}")
 
     # 3. the loop
     losses_of = segmentation_losses(app, torch.tensor(class_weights, device=compute.device), args)
+    score = "val_ap50_mean_image" if classes == 3 else "val_iou"  # which the best epoch is chosen by
     while unfinished(state, args):
         started = time.perf_counter()
         loader = make_loader(tiles, tiles_an_epoch, args, compute, state)
         train_loss, penalty = train_epoch(parts, loader, losses_of, compute, state, args)
-        found = prediction.evaluate(fast.for_inference(model), val_fields, compute, class_weights)
-        counts, val_loss, probabilities = found
+        found, scores = validate(model, val_fields, class_weights, config["nucleus"]["smallest"], compute)
         if process.rank() == 0:
-            shown = [("validation", field, p > 0.5) for field, p in zip(val_fields, probabilities)]
+            shown = [("validation", field, labels) for field, labels in zip(val_fields, found)]
             figures.save_samples(figures.evenly(shown, most=4), out / "samples.png")
-        row = {
-            "train_loss": train_loss,
-            "val_loss": val_loss,
-            "val_iou": dedl.segmentation_scores(counts)["iou"],
-            "app_penalty": penalty,
-        }
+        row = {"train_loss": train_loss, **scores, "app_penalty": penalty}
         best = {"setting": setting, "model": model.state_dict()}  # with or without APP it is the same
-        state = end_epoch(out, state, parts, best, row, "val_iou", started)
+        state = end_epoch(out, state, parts, best, row, score, started)
     if process.rank() == 0:
         figures.save_curves(state["history"], out / "curves.png")
-    print(f"done: best validation IoU {state['best']:.4f}; now: python test.py {out}")
+    print(f"done: best {score} {state['best']:.4f}; now: python test.py {out}")
 
 
 def segmentation_losses(
@@ -140,25 +135,55 @@ def segmentation_losses(
     return losses_of
 
 
+def validate(
+    model: torch.nn.Module,
+    fields: list,
+    class_weights: list,
+    smallest: float,
+    compute: Compute,
+) -> tuple:
+    """Return the nuclei found in the fields, label images, and the scores for metrics.csv."""
+    counts, loss, probabilities = prediction.evaluate(fast.for_inference(model), fields, compute, class_weights)
+    found = [nuclei.separate(*nuclei.mask_and_seeds(own), smallest) for own in probabilities]
+    scores = dedl.segmentation_scores(counts) | nuclei.scores(found, fields)
+    shown = ("iou", "mean_image_iou", "ap50", "ap50_mean_image")
+    return found, {"val_loss": loss} | {f"val_{name}": scores[name] for name in shown}
+
+
 def load_splits(records: list, args: Namespace) -> tuple:
-    """Read the training and validation images. Raises InputError where there are none."""
+    """Return the training and the validation images, and how many classes are learnt of them. Raises InputError where
+    there are none."""
     train, validation = train_and_validation(records, args)
     channels = reading.channel_names(args.channel)
     fields = data.read_fields(train + validation, channels, "training and validation images")
     note(manifests.inverted_masks(fields))
-    return fields[:len(train)], fields[len(train):]
+    classes = choose_classes(args.nuclei, fields[:len(train)])
+    return fields[:len(train)], fields[len(train):], classes
 
 
-def segmentation_weights(wish: str | list, fields: list) -> list:
-    """Return [background, nucleus] for the value of --class-weights. Raises InputError where the masks show one class
-    alone."""
-    nuclei = sum(field.mask.sum().item() for field in fields)
-    share = nuclei / sum(field.mask.numel() for field in fields)
-    if share in (0, 1):
-        raise InputError(f"--data: {'every' if share else 'no'} pixel of the {len(fields)} training masks is nucleus; "
-                         f"there is nothing to tell apart; check the masks")
+def choose_classes(wish: str, fields: list) -> int:
+    """Return how many classes the value of --nuclei takes: 2, or 3 to separate nuclei that touch. Print what is unusual
+    in the masks. Raises InputError where they are empty."""
+    if not any(field.labels.any() for field in fields):
+        raise InputError(f"--data: none of the {len(fields)} training masks holds a nucleus; check them")
+    binary = [field for field in fields if not field.labelled and field.labels.max() > 1]
+    if wish == "mask" or wish == "auto" and len(binary) >= sum(field.labelled for field in fields):
+        return 2
+    if binary:
+        note([f"{len(binary)} of {len(fields)} training masks are no label images, as {binary[0].record.mask}: their "
+              f"connected parts count as nuclei"])
+    return 3
+
+
+def segmentation_weights(wish: str | list, fields: list, classes: int) -> list:
+    """Return a weight a class for the value of --class-weights; where it has none for the border, the nucleus's."""
+    inside = sum(field.mask.sum().item() for field in fields)
+    share = inside / sum(field.mask.numel() for field in fields)
+    if len(wish) == classes:  # numbers
+        return wish
     published = dedl.PUBLISHED_CLASS_WEIGHTS
-    return choose_weights(wish, list(published), published, dedl.balanced_class_weights(share))
+    background, nucleus = choose_weights(wish, list(published), published, dedl.balanced_class_weights(share))
+    return [background, nucleus, nucleus][:classes]
 
 
 # ------------------------------------------------------------------------------------------------------- classification
@@ -269,12 +294,11 @@ def choose_folds(records: list, classes: list, args: Namespace) -> tuple:
     """Return the records that training sees, and for each fold the indices among them that train and that validate.
 
     Without a cross-validation (--folds 1) the only fold validates on the validation rows; else these rows are left for
-    test.py --split validation. Prints what stands out. Raises InputError where there is nothing to learn.
+    test.py --split validation. Prints what stands out. Raises InputError where no image has a label.
     """
     train, validation = train_and_validation(records, args, needs_validation=args.folds == 1)
-    if len({frozenset(record.labels) for record in train}) == 1:
-        what = f"the same label, {';'.join(train[0].labels)}" if train[0].labels else "no label"
-        raise InputError(f"--data: all {len(train)} training images have {what}; there is nothing to tell apart")
+    if not classes:
+        raise InputError(f"--data: none of the {len(records)} images has a label; there is nothing to tell apart")
     learnt = manifests.class_names(train)
     note([f"class {name} has no training image: it cannot be learnt and counts as missed"
           for name in classes if name not in learnt])
@@ -312,14 +336,6 @@ def find_run(args: Namespace, name: str, fold: int | None = None) -> dict | None
 
     args.out, begun = process.from_first(find)
     return begun
-
-
-def note(lines: list) -> None:
-    """Print the lines marked as notes, of many the first ones."""
-    for line in lines[:5]:
-        print(f"  NOTE: {line}")
-    if len(lines) > 5:
-        print(f"  NOTE: ... {len(lines) - 5} more like that")
 
 
 def train_and_validation(records: list, args: Namespace,
@@ -368,7 +384,6 @@ def save_config(
         "parameters": sum(weight.numel() for weight in parts["model"].parameters()),
         "images": {split: rows_of[split] for split in manifests.SPLITS},
         "rows": digest(records),
-        "code": runs.code_digest(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -456,7 +471,7 @@ def train_epoch(parts: dict, loader: DataLoader, losses_of: Callable, compute: C
         truth = truth.to(compute.device, non_blocking=True)         # (N, tile, tile) or (N, classes)
         share = len(images) / process.total(torch.tensor(len(images))).item()  # of the batch, this process's
         with compute.autocast():
-            logits = model(images).float()                          # (N, 2, tile, tile) or (N, classes)
+            logits = model(images).float()                          # (N, classes, tile, tile) or (N, classes)
             loss, *shown = losses_of(logits, truth, share)
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -466,22 +481,14 @@ def train_epoch(parts: dict, loader: DataLoader, losses_of: Callable, compute: C
             scaler.step(optimizer)
         scaler.update()
         if not loss.isfinite():
-            refuse_not_finite(loader, step, state)
+            raise InputError(f"the loss is not finite in epoch {epoch + 1}, batch {step + 1}; lower --lr or use --amp "
+                             f"off; last.pt keeps the state after the epoch before")
         sums = sums + torch.stack(shown).detach() * len(images)
         seen += len(images)
         bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}", refresh=False)
     process.combine(trained(parts).buffers(), 1 / process.world())  # each process has BatchNorm statistics of its own
     *sums, seen = process.total(torch.cat([sums, sums.new_tensor([seen])])).tolist()
     return [value / seen for value in sums]
-
-
-def refuse_not_finite(loader: DataLoader, step: int, state: dict) -> None:
-    """Raise the InputError for a batch, counted from 0, whose loss is not finite."""
-    files = dict.fromkeys(str(loader.dataset.file_of(index)) for index in loader.batch_sampler[step])
-    epoch = state["epoch"]
-    kept = f"last.pt keeps the state after epoch {epoch}" if epoch else "nothing was saved yet"
-    raise InputError(f"the loss is not finite in epoch {epoch + 1}, batch {step + 1} ({', '.join(files)}); lower --lr, "
-                     f"use --amp off, or check these images; {kept}")
 
 
 def learning_rate(args: Namespace, epoch: float) -> float:
@@ -512,13 +519,10 @@ def is_better(state: dict, row: dict, score: str) -> bool:
 
 def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score: str, started: float) -> dict:
     """Save what an epoch leaves: best.pt where its `score` is the best so far, metrics.csv, last.pt. Return the new
-    state. Raises InputError, and saves nothing, if the validation failed."""
+    state."""
     epoch = state["epoch"] + 1
-    if not math.isfinite(row["val_loss"]):
-        raise InputError(f"the validation loss is not finite after epoch {epoch}, though training was; lower --lr or "
-                         f"use --amp off; nothing of this epoch was saved")
     better = is_better(state, row, score)
-    first = {name: row[name] for name in ("train_loss", "val_loss", score)}
+    first = dict(list(row.items())[:3])  # losses, and the score that all tables have
     row = {
         "epoch": epoch,
         **first,
@@ -536,8 +540,8 @@ def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score:
         last |= {"state": state, "setting": best["setting"], "fold": best.get("fold")}
         process.save_csv(out / "metrics.csv", list(row), [values.values() for values in state["history"]])
         runs.save_checkpoint(last, out / "last.pt")
-    print(f"epoch {epoch:3d}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  {score} "
-          f"{row[score]:.4f}{' *' if better else '  '}  {row['seconds']:.0f} s")
+    shown = "  ".join(f"{name} {row[name]:.4f}" for name in first | {score: 0})
+    print(f"epoch {epoch:3d}  {shown}{' *' if better else '  '}  {row['seconds']:.0f} s")
     return state
 
 
@@ -550,7 +554,6 @@ def begin_or_resume(
     """Return the state of the loop, a new one or, with everything put where last.pt left it, of one that goes on."""
     if process.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        process.hold(out)
         for file in out.glob(".*.tmp"):  # what a kill left half written
             file.unlink()
     file = out / "last.pt"
@@ -559,12 +562,9 @@ def begin_or_resume(
         return START
     last = runs.load_checkpoint(file, *parts, "state", "setting", "fold")
     runs.check_setting(file, last, {"setting": setting, "fold": fold})
-    try:
-        for name, part in parts.items():
-            if last[name]:  # only fp16 has a scale, and the precision may change
-                part.load_state_dict(last[name])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: does not fit the settings in config.json beside it") from error
+    for name, part in parts.items():
+        if last[name]:  # only fp16 has a scale, and the precision may change
+            part.load_state_dict(last[name])
     print(f"{out}: going on after epoch {last['state']['epoch']}")
     return last["state"]
 

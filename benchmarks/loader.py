@@ -63,7 +63,8 @@ def main(argv=None):
         decoded = harness.in_turn({"": lambda: reading.read_image(file)}, args.rounds, compute.device)[""]
         image = reading.read_image(file)[0]
         found = harness.in_turn({"": lambda: reading.find_limits(image)}, args.rounds, compute.device)[""]
-        field = manifests.Field(None, image, torch.from_numpy(image[0] > 1), ("DAPI",), reading.find_limits(image))
+        labels = torch.from_numpy(image[0] > 1).int()
+        field = manifests.Field(None, image, ("DAPI",), reading.find_limits(image), labels)
         size = f"{image.shape[1]} x {image.shape[2]}, {file.stat().st_size / 2 ** 20:.0f} MB"
         rows.append([f"component_data.tif of {size}: DAPI decoded",
                      f"{statistics.median(decoded) * 1000:.0f} ms", "once a run"])

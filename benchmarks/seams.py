@@ -32,8 +32,8 @@ def enlarged(image, side):
 @torch.inference_mode()
 def probabilities(model, image, compute, tile, overlap):
     limits = np.float32(0), np.float32(1)                             # the image is normalised already
-    field = manifests.Field(None, image.numpy(), None, (), limits)
-    return prediction.predict(model, [field], compute, tile=tile, overlap=overlap)[0]             # (H, W)
+    field = manifests.Field(None, image.numpy(), (), limits)
+    return prediction.predict(model, field, compute, tile=tile, overlap=overlap).sum(0)           # (H, W)
 
 
 def work(side, tile, overlap):

@@ -39,6 +39,9 @@ from running import process, runs, settings
 from running.compute import choose_compute
 from running.process import InputError
 
+COMPUTES = ("dedl.py", "models.py", "data.py", "train.py", "networks/encoders.py", "networks/fast.py",
+            "images/labels.py", "images/reading.py", "images/manifests.py", "running/nuclei.py",
+            "running/prediction.py")
 RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101"]
 EFFICIENTNETS = [f"efficientnet_b{n}" for n in range(8)]
 APPS = ["none", "conv", "linear", "conv:relu", "linear:relu"]
@@ -189,6 +192,12 @@ def is_numbers(values):
     return all(value == "all" or value.isdecimal() and int(value) for value in values)
 
 
+def code_digest():
+    """Eight digits that tell which code computes."""
+    code = b"".join((harness.ROOT / name).read_bytes() for name in COMPUTES)
+    return hashlib.sha256(code).hexdigest()[:8]
+
+
 def plan(args):
     """All jobs of the table, the first seeds of all cells first. The name of a job's folder tells the network, and
     by a hash all of its settings, defaults too, the images and the code. Ends the program where a run would end by its
@@ -199,7 +208,7 @@ def plan(args):
     records, _ = manifests.find_records(args.data, 1, task=args.task, needs_validation=args.task == "seg")
     if args.split not in {record.split for record in records}:
         raise InputError(f"--data {args.data}: has no images of split {args.split}")
-    images, code, cells = settings.digest(records), runs.code_digest(), []
+    images, code, cells = settings.digest(records), code_digest(), []
     for values in itertools.product(*args.axes.values()):
         cell = dict(zip(args.axes, values))
         flags = [f"--task={args.task}", f"--data={args.data}", *args.flags]

@@ -1,6 +1,6 @@
 """Data folders made and checked: the synthetic set, imports, `python data.py check`, the command line of data.py."""
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image
 
 from images import manifests, synthetic
-from images.reading import COLOURED, channel_names, read_image, read_mask, read_rgb
+from images.reading import channel_names, read_image, read_mask, read_rgb
 from running.process import SEED, InputError, Parser, progress, save_csv
 
 
@@ -64,8 +64,8 @@ def import_dsb2018(source: Path, folder: Path, seed: int = 77) -> None:
         for number, file in enumerate(sorted(path.glob("masks/*.png")), 1):
             mask = read_mask(file)
             if mask.shape != labels.shape:
-                raise InputError(f"{file}: must have the size of its image, {manifests.size_of(image)} pixels")
-            labels[mask] = number
+                raise InputError(f"{file}: must have the size of its image, {labels.shape} pixels")
+            labels[mask != 0] = number
         name = f"{path.name}.png"
         _save_png(image[0], folder / "images" / name)
         _save_png(labels, folder / "masks" / name)
@@ -111,47 +111,48 @@ def _check_task(folder, task, channels, problems):
     records, lines = manifests.find_records(folder, problems=problems, task=task, needs_validation=task == "seg")
     print(*lines, sep="\n")
     problems += manifests.leaks(records)
-    kinds = defaultdict(list)  # {names of channels: [((H, W), file)]}
+    shapes = {}  # {(channels, H, W): the first image of this shape}
     for split in manifests.SPLITS:
         rows = [record for record in records if record.split == split]
         patients = {record.patient for record in rows if record.patient}
-        print(f"{split}: {len(rows)} images" + f" of {len(patients)} patients" * bool(patients))
-        if not rows and (split == "train" or split == "validation" and task == "seg"):
-            problems.append(f"there are no rows of split {split}")
+        print(f"{split}: {len(rows)} images, {len(patients)} patients")
         if task == "cls":
             counts = Counter(label for record in rows for label in record.labels)
             print(" ", ", ".join(f"{name} {counts[name]}" for name in manifests.class_names(records)))
-        _check_images(rows, channels, kinds, problems)
-    usual = max(kinds, key=lambda names: len(kinds[names]), default=())
-    for names, files in kinds.items():
-        print(f"channels {', '.join(names)}; sizes from {min(files)[0]} to {max(files)[0]}")
-        if len(names) != len(usual):
-            problems.append(f"{files[0][1]}: has {len(names)} channels, most images have {len(usual)}; a network takes "
-                            f"one number")
+        _check_images(rows, channels, shapes, problems)
+    if shapes:
+        least = min(shapes)
+        most = max(shapes)
+        print(f"shapes (channels, height, width) from {least} to {most}")
+        if least[0] != most[0]:
+            problems.append(f"{shapes[most]}: has {most[0]} channels, {shapes[least].name} has {least[0]}; a network "
+                            f"takes one number")
 
 
-def _check_images(rows, channels, kinds, problems):
-    """Reads the images of a split, and adds (size, file) of each to kinds[names of its channels]."""
-    nuclei = pixels = 0
+def _check_images(rows, channels, shapes, problems):
+    """Reads the images of a split, and adds to the shapes and to the problems."""
+    shares = []
+    labelled = 0
     for record in progress(rows, "reading"):
         try:
             if record.mask:
                 field = manifests.read_field(record, channels)
+                image = field.image
+                shares.append(field.mask.float().mean())
+                labelled += field.labelled
+                if not field.mask.any():
+                    problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this image?")
             else:
-                field = manifests.Field(record, read_rgb(record.image), None, COLOURED, ())
+                image = read_rgb(record.image)
         except InputError as error:
             problems.append(error)
             continue
-        kinds[field.channels].append((field.shape, record.image))
-        if np.ptp(field.image) == 0:
+        shapes.setdefault(image.shape, record.image)
+        if np.ptp(image) == 0:
             problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
-        if record.mask:
-            nuclei += field.mask.sum()
-            pixels += field.mask.numel()
-            if not field.mask.any():
-                problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this image?")
-    if pixels:
-        print(f"  {nuclei / pixels:.1%} of the pixels are nucleus")
+    if shares:
+        print(f"  nuclei cover {sum(shares) / len(shares):.1%} of an image, on average; {labelled} of {len(shares)} "
+              f"masks are label images")
 
 
 # --------------------------------------------------------------------------------------------------------- command line

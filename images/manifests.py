@@ -1,7 +1,6 @@
 """Data folders: rows of manifests, inForm's files without one, splits and leaks; images with their masks."""
 import csv
 import hashlib
-import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from images.labels import as_labels
 from images.reading import find_limits, normalise, read_image, read_mask
 from running.process import InputError
 
@@ -53,14 +53,15 @@ def find_records(
 
     They come from the task's manifest or, without segmentation.csv, from inForm's file names. Without validation rows,
     whole patients (or else images) of the training rows become validation, drawn by `seed`, if they are needed; a
-    cross-validation does without. What is wrong with rows of the manifest is added to `problems`, or raised as
-    InputError where that is None.
+    cross-validation does without. Test rows of inForm's files are drawn in the same way. What is wrong with rows of
+    the manifest is added to `problems`, or raised as InputError where that is None.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder (--data)")
     name, truth = MANIFESTS[task]
     manifest = folder / name
+    drawn = ["validation"] if needs_validation else []
     if manifest.exists():
         records, wrong = _read_manifest(manifest, truth)
         lines = [f"{manifest}"]
@@ -72,77 +73,86 @@ def find_records(
         raise InputError(f"{folder}: holds no classification.csv (image,labels,split[,patient])")
     else:
         records, lines = _inform_records(folder)
-        lines += _split_patients(records, seed)
-    splits = Counter(record.split for record in records)
-    if needs_validation and not splits["validation"] and splits["train"] > 1:
-        lines.append(move_rows(records, "validation", seed))
+        drawn = ["test", *drawn]
+    for split in drawn:
+        counts = Counter(record.split for record in records)
+        if not counts[split] and counts["train"] > 1:
+            lines.append(move_rows(records, split, seed))
     return records, lines
 
 
 def _read_manifest(manifest, truth):
-    """The records of a manifest, whose paths stay below its folder, and a line for each thing that is wrong in a row.
+    """The records of a manifest, and a line for each row of which there is none because something is wrong with it.
 
     truth: the column "mask" or "labels".
     """
-    files = ("image", "mask") if truth == "mask" else ("image",)
-    records, problems, seen = [], [], {}
+    records = []
+    problems = []
+    lines = {}  # {image: its line}
     for line, row in read_csv(manifest, ("image", truth, "split"), f"image,{truth},split[,patient]"):
-        wrong = []
-        if row["split"] not in SPLITS:
-            wrong.append(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
-        for column in files:
-            row[column] = row[column].replace("\\", "/")  # as Windows writes paths
-            path = Path(row[column])
-            if path.anchor or ".." in path.parts:
-                wrong.append(f"{column} {row[column]!r} must be a path below the manifest's folder")
-            elif not os.path.isfile(manifest.parent / path):
-                wrong.append(f"{column} {row[column]!r} is not there")
-        first = seen.setdefault(Path(row["image"]), line)
-        if first != line:
-            wrong.append(f"image {row['image']!r} is in line {first} already; give it one row")
-        problems += [f"{manifest}, line {line}: {what}" for what in wrong]
-        if not wrong:
-            record = Record(manifest.parent / row["image"], row["split"], name=row["image"])
-            record.patient = row.get("patient", "").strip()
-            if truth == "mask":
-                record.mask = manifest.parent / row["mask"]
-            else:
-                labels = map(str.strip, row["labels"].split(";"))
-                record.labels = tuple(dict.fromkeys(filter(None, labels)))
+        try:
+            record = _record(manifest.parent, row, truth)
+            first = lines.setdefault(record.image, line)
+            if first != line:
+                raise InputError(f"image {row['image']!r} is in line {first} already; give it one row")
             records.append(record)
+        except InputError as error:
+            problems.append(f"{manifest}, line {line}: {error}")
     return records, problems
+
+
+def _record(folder, row, truth):
+    """The record of a manifest's row."""
+    if row["split"] not in SPLITS:
+        raise InputError(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
+    record = Record(_file(folder, row, "image"), row["split"], row.get("patient", "").strip(), name=row["image"])
+    if truth == "mask":
+        record.mask = _file(folder, row, "mask")
+    else:
+        labels = map(str.strip, row["labels"].split(";"))
+        record.labels = tuple(dict.fromkeys(filter(None, labels)))
+    return record
+
+
+def _file(folder, row, column):
+    """The path in a cell of a row, which must stay below the manifest's folder."""
+    path = Path(row[column].replace("\\", "/"))  # as Windows writes paths
+    if path.anchor or ".." in path.parts:
+        raise InputError(f"{column} {row[column]!r} must be a path below the manifest's folder")
+    if not (folder / path).is_file():
+        raise InputError(f"{column} {row[column]!r} is not there")
+    return folder / path
 
 
 def read_csv(path: Path, columns: tuple, first_line: str) -> list:
     """Return [(line number, {column: text})] of a CSV file that has these columns.
 
-    Cells are separated by commas or, as some spreadsheets write, all by semicolons or tabs. Raises InputError.
+    Cells are separated by commas or, as some spreadsheets write, all by semicolons. Raises InputError.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        first = text.partition("\n")[0]
-        separator = max(",;\t", key=first.count)
-        reader = csv.reader(text.splitlines(True), delimiter=separator, strict=True)
-        rows = [(reader.line_num, row) for row in reader if any(row)]
+        separator = max(",;", key=text.partition("\n")[0].count)
+        reader = csv.DictReader(text.splitlines(), delimiter=separator, strict=True)
+        rows = [(reader.line_num, row) for row in reader if any(row.values())]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: is not a CSV file in UTF-8 ({error}); spreadsheets save one as \"CSV UTF-8\""
                          ) from error
-    if len(rows) < 2:
+    if not rows:
         raise InputError(f"{path}: is empty; it needs a line {first_line} and one line an image")
-    names = rows[0][1]
     for column in columns:
-        if names.count(column) != 1:
+        if reader.fieldnames.count(column) != 1:
             raise InputError(f"{path}: needs one column {column!r}: its first line is {first_line}")
     for line, row in rows:
-        if len(row) != len(names):
-            raise InputError(f"{path}, line {line}: has {len(row)} cells, the first line {len(names)}; put a cell that "
-                             f"contains the separator in quotes")
-    return [(line, dict(zip(names, row))) for line, row in rows[1:]]
+        if None in row or None in row.values():  # so csv marks a cell too many, or too few
+            raise InputError(f"{path}, line {line}: has not as many cells as the first line; put a cell that contains "
+                             f"the separator in quotes")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------- inForm files, splits
 def _inform_records(folder):
-    """Records of all component files below a folder that have a mask, beside them or alone of its name elsewhere."""
+    """Records of all component files below a folder that have a mask, beside them or alone of its name elsewhere, and a
+    line that reports them."""
     files = defaultdict(list)
     for path in sorted(folder.rglob("*.tif")):
         files[path.name].append(path)
@@ -151,27 +161,17 @@ def _inform_records(folder):
     for image in images:
         masks = []
         for ending in INFORM_MASKS:
-            found = files.get(image.name.replace(COMPONENT, ending), [])
+            found = files[image.name.replace(COMPONENT, ending)]
             masks += [path for path in found if len(found) == 1 or path.parent == image.parent]
         if masks:
             slide = re.sub(r"(_\[[\d.,]+\].*)?_component_data\.tif$", "", image.name)
-            records.append(Record(image, "train", slide, masks[0]))
+            records.append(Record(image, PUBLISHED_SPLIT.get(slide, "train"), slide, masks[0]))
     if not records:
         raise InputError(f"{folder}: holds neither segmentation.csv (image,mask,split[,patient]) nor inForm files "
                          f"(*{COMPONENT} with masks)")
-    lines = [f"{folder}: {len(records)} inForm component files with masks"]
-    if len(records) < len(images):
-        lines.append(f"{len(images) - len(records)} component files have no mask and are left out")
+    lines = [f"{folder}: {len(records)} of {len(images)} inForm component files have a mask; the paper's patients are "
+             "split as in the paper"]
     return records, lines
-
-
-def _split_patients(records, seed):
-    """The published split where all slides are the published patients', else a fifth of the patients for the test."""
-    if all(record.patient in PUBLISHED_SPLIT for record in records):
-        for record in records:
-            record.split = PUBLISHED_SPLIT[record.patient]
-        return ["split by patient as in the paper"]
-    return [move_rows(records, "test", seed)] if len(records) > 1 else []
 
 
 def by_patient(records: list) -> list:
@@ -206,26 +206,28 @@ def move_rows(records: list, split: str, seed: int) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- warnings
 def leaks(records: list) -> list:
-    """Return a line for each patient and each image, by its file's bytes, that is in two splits."""
-    what = "what is validated or tested was trained on"
-    lines = []
-    for group in _across_splits(records, lambda record: record.patient):
-        splits = dict.fromkeys(record.split for record in group)
-        lines.append(f"patient {group[0].patient} is in several splits, {', '.join(splits)}: {what}")
-    for same_size in _across_splits(records, lambda record: record.image.stat().st_size):
-        for same in _across_splits(same_size, lambda record: hashlib.sha256(record.image.read_bytes()).digest()):
-            files = " and ".join(f"{record.image} ({record.split})" for record in same)
-            lines.append(f"{files} are the same image: {what}")
-    return lines
+    """Return a line for each patient and each image, by its file's bytes, that is in several splits."""
+    patients = _across_splits(records, lambda record: record.patient, "of the same patient")
+    images = _across_splits(records, _digest, "the same image")
+    return patients + images
 
 
-def _across_splits(records, key):
-    """Lists of the records with the same key, if it is not empty, that are in several splits."""
-    groups = defaultdict(list)
+def _digest(record):
+    return hashlib.sha256(record.image.read_bytes()).digest()
+
+
+def _across_splits(records, key, what):
+    """A line for each key, if it is not empty, that records of several splits have; it names an image of each split."""
+    images = defaultdict(dict)  # {key: {split: image}}
     for record in records:
-        groups[key(record)].append(record)
-    groups.pop("", None)
-    return [group for group in groups.values() if len({record.split for record in group}) > 1]
+        images[key(record)].setdefault(record.split, record.image)
+    images.pop("", None)
+    lines = []
+    for of_split in images.values():
+        if len(of_split) > 1:
+            files = " and ".join(f"{image} ({split})" for split, image in of_split.items())
+            lines.append(f"{files} are {what}: what is validated or tested was trained on")
+    return lines
 
 
 def class_names(records: list) -> list:
@@ -236,15 +238,21 @@ def class_names(records: list) -> list:
 # --------------------------------------------------------------------------------------------------------------- images
 @dataclass
 class Field:
-    """One image with its mask.
+    """One image with its nuclei.
 
-    image: (C, H, W) as it is in the file. mask: (H, W) bool, None for new images. limits: what becomes 0 and 1.
+    image: (C, H, W) as it is in the file. limits: what becomes 0 and 1. labels: (H, W) int32, see images/labels.py,
+    None for new images. labelled: whether the mask's file is a label image.
     """
     record: Record
     image: np.ndarray
-    mask: torch.Tensor | None
     channels: tuple
     limits: tuple
+    labels: torch.Tensor | None = None
+    labelled: bool = False
+
+    @property
+    def mask(self) -> torch.Tensor:
+        return self.labels > 0                            # (H, W)
 
     @property
     def shape(self) -> tuple:
@@ -259,17 +267,14 @@ class Field:
 def read_field(record: Record, channels: tuple = ("DAPI",)) -> Field:
     """Read a record's image and, where it has one, its mask. Raises InputError, also where their sizes differ."""
     image, names = read_image(record.image, channels)
-    mask = None
+    field = Field(record, image, names, find_limits(image))
     if record.mask:
-        mask = torch.from_numpy(read_mask(record.mask))
-        if mask.shape != image.shape[1:]:
-            raise InputError(f"{record.mask}: the mask is {size_of(mask)} pixels, its image {record.image.name} "
-                             f"{size_of(image)}; they must be equal")
-    return Field(record, image, mask, names, find_limits(image))
-
-
-def size_of(array: np.ndarray | torch.Tensor) -> str:
-    return f"{array.shape[-2]}x{array.shape[-1]}"
+        mask = read_mask(record.mask)
+        if mask.shape != field.shape:
+            raise InputError(f"{record.mask}: the mask has {mask.shape} pixels, its image {record.image.name} "
+                             f"{field.shape}; they must be equal")
+        field.labels, field.labelled = as_labels(mask)
+    return field
 
 
 def inverted_masks(fields: list) -> list:

@@ -27,6 +27,8 @@ GREY = ("grey",)              # the channels of files without named stains
 COLOURED = ("red", "green", "blue")
 PERCENTILES = (1, 99.8)       # become 0 and 1, as in StarDist
 SAMPLE = 50_000_000           # pixels a channel; of larger images the percentiles are those of an even sample
+MICROMETRE = ("um", "µm", "\\u00B5m", "micron")  # as OME and ImageJ write it
+LARGEST_PIXEL = 10            # micrometres; larger ones are a resolution for printing
 LARGEST = 1e37                # of float values, so that float32 can hold the difference of two
 
 
@@ -49,9 +51,10 @@ def read_image(path: Path | str, channels: tuple = ("DAPI",)) -> tuple[np.ndarra
 
 
 def read_mask(path: Path | str) -> np.ndarray:
-    """Return the mask (H, W), bool, of a PNG or TIFF file: True where the stored value is not 0.
+    """Return the values (H, W) that a mask, a PNG or TIFF file, holds: 0 is background, anything else nucleus.
 
-    The file may be a label image. Of inForm's _binary_seg_maps.tif the page of the nuclei is taken. Raises InputError.
+    Of inForm's _binary_seg_maps.tif the page of the nuclei is taken; of coloured masks, True where a pixel is not
+    black. Raises InputError.
     """
     if Path(path).suffix.lower() in (".jpg", ".jpeg"):
         raise InputError(f"{path}: a mask must be PNG or TIFF: JPEG blurs its values")
@@ -60,7 +63,7 @@ def read_mask(path: Path | str) -> np.ndarray:
         partial(_single_page, tag="CompartmentType", wanted="Nucleus"),
         palette=False
     )
-    return (values != 0).any(0)                                     # (H, W)
+    return values[0] if len(values) == 1 else values.any(0)         # (H, W)
 
 
 def read_rgb(path: Path | str) -> np.ndarray:
@@ -78,6 +81,30 @@ def read_rgb(path: Path | str) -> np.ndarray:
         unit = normalise(image, find_limits(image))
         image = (unit * 255).round().astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])))
+
+
+def stain_names(path: Path | str) -> list:
+    """Return the names by which read_image finds each page of a file that can be read."""
+    if Path(path).suffix.lower() not in TIFF:
+        return [*GREY]
+    with tifffile.TiffFile(path) as tiff:
+        known, _ = _named_pages(tiff)
+    return list(filter(None, known))
+
+
+def pixel_size(path: Path | str) -> float | None:
+    """Return the width of a pixel in micrometres, by OME's, ImageJ's or the TIFF's own metadata, None without these."""
+    if Path(path).suffix.lower() not in TIFF:
+        return None
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        size = 1 / page.get_resolution("MICROMETER")[0]
+        if (tiff.imagej_metadata or {}).get("unit") in MICROMETRE:
+            size = 1 / page.resolution[0]
+        for pixels in _xml(tiff.ome_metadata or "").iterfind("{*}Image[1]/{*}Pixels[@PhysicalSizeX]"):
+            if pixels.get("PhysicalSizeXUnit", "um") in MICROMETRE:
+                size = float(pixels.get("PhysicalSizeX"))
+    return size if size < LARGEST_PIXEL else None
 
 
 def find_limits(image: np.ndarray) -> tuple:
@@ -182,6 +209,14 @@ def _pillow_values(opened, palette):
 # ------------------------------------------------------------------------------------------------------- pages of TIFFs
 def _stain_pages(tiff, channels):
     """[(name, page)] of the stains `channels`, in this order."""
+    known, stack = _named_pages(tiff)
+    if list(known) == [*GREY]:
+        return [*known.items()]
+    return [_find_page(known, name, stack) for name in channels]
+
+
+def _named_pages(tiff):
+    """{name: page} of a file's stains, and what is wrong with it if it is a stack."""
     pages = [
         page
         for page in tiff.pages
@@ -193,7 +228,7 @@ def _stain_pages(tiff, channels):
         names = [_tag(page, "Name") for page in pages]
     stack = _stack(tiff)
     if names == [""] and not stack:
-        return [(*GREY, pages[0])]
+        return {GREY[0]: pages[0]}, stack
     capitals = [name.upper() for name in names]
     known = {}
     for place, page in enumerate(pages):
@@ -201,7 +236,7 @@ def _stain_pages(tiff, channels):
         if not name or capitals.count(name.upper()) > 1:  # by such a name it would not be found again
             name = "" if stack else f"page {place}"
         known[name] = page
-    return [_find_page(known, name, stack) for name in channels]
+    return known, stack
 
 
 def _find_page(known, wanted, stack):

@@ -1,14 +1,15 @@
 """The built-in synthetic set: stained nuclei like those that a Vectra scanner images, as inForm writes them.
 
-Each phenotype is a set of markers in a ring around a nucleus. Images have up to five phenotypes, uneven light, haze,
-out-of-focus glow, photon noise, and stains whose strength differs from patient to patient.
+Each phenotype is a set of markers in a ring around a nucleus. Images have up to five phenotypes, haze, photon noise,
+and stains whose strength differs from patient to patient.
 """
 import math
 
 import numpy as np
 import tifffile
+import torch
 from numpy.random import Generator
-from PIL import Image
+from torchvision.transforms.v2.functional import gaussian_blur
 
 # Pages in this order: as in real inForm files, DAPI is not the first.
 STAINS = {  # name: colour in the thumbnail
@@ -43,7 +44,7 @@ def draw_field(patient_rng: Generator, rng: Generator) -> tuple:
     strengths = patient_rng.lognormal(0, 0.15, len(STAINS))
     mean_radius = patient_rng.uniform(7.5, 10)
     crowd = patient_rng.integers(70, 120)
-    chromatin = _blur(_noise(rng), 1.2) * 3                               # texture within nuclei, sd ~ 1
+    chromatin = _blur(rng.standard_normal(SIZE, np.float32), 1.2) * 3     # texture within nuclei, sd ~ 1
     phenotypes, cells = _draw_phenotypes(rng)
     stains = {name: np.zeros(SIZE, np.float32) for name in STAINS}
     labels = np.zeros(SIZE, np.uint16)
@@ -68,9 +69,8 @@ def draw_field(patient_rng: Generator, rng: Generator) -> tuple:
 
 def _draw_phenotypes(rng):
     """The phenotypes of an image, and the markers of each cell that has some."""
-    names = list(PHENOTYPES)
-    phenotypes = [name for name in names if rng.random() < 0.4]
-    phenotypes = phenotypes or [names[rng.integers(len(names))]]
+    phenotypes = [name for name in PHENOTYPES if rng.random() < 0.4]
+    phenotypes = phenotypes or [str(rng.choice(list(PHENOTYPES)))]
     cells = []
     for name in phenotypes:
         cells += [PHENOTYPES[name]] * rng.integers(6, 14)
@@ -114,53 +114,15 @@ def _draw_shape(rng, y, x, radius):
 
 def _expose(rng, stain, strength):
     """What the camera sees of a stain (H, W), in inForm's units."""
-    light = 1 + 0.3 * _clouds(rng, 3)
-    haze = 0.08 + 0.12 * _clouds(rng, 4).clip(0)
-    signal = _blur(stain, 1.0)
-    glow = _enlarge(_blur(signal[::4, ::4], 2.5))                         # from out of focus
-    clean = (
-        (signal + 0.4 * glow) * strength * light
-        + haze
-    ).clip(0)
-    noisy = (
-        clean
-        + np.sqrt(clean / 40) * _noise(rng)                               # of 40 photons at brightness 1
-    )
+    clean = _blur(stain, 1.0) * strength + 0.1                            # some haze everywhere
+    noisy = clean + np.sqrt(clean / 40) * rng.standard_normal(SIZE, np.float32)  # of 40 photons at brightness 1
     steps = np.round(noisy.clip(0) * 20 * 16)                             # few digits: they compress well
     return (steps / 16).astype(np.float32)
 
 
-def _noise(rng):
-    return rng.standard_normal(SIZE, np.float32)
-
-
 def _blur(image, sigma):
-    """Gaussian blur (H, W), the border repeated."""
-    reach = math.ceil(3 * sigma)
-    kernel = np.exp(
-        -np.arange(-reach, reach + 1) ** 2
-        / (2 * sigma ** 2)
-    ).astype(np.float32)
-    kernel /= kernel.sum()
-    for _ in range(2):  # along the rows, then, turned, along the columns
-        padded = np.pad(image, ((reach,), (0,)), "edge")
-        image = sum(
-            weight * padded[i:i + len(image)]
-            for i, weight in enumerate(kernel)
-        ).T
-    return np.ascontiguousarray(image)
-
-
-def _clouds(rng, cells):
-    """Smooth noise (H, W), about within [-1, 1], with `cells` random values along each axis."""
-    values = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
-    return _enlarge(values)
-
-
-def _enlarge(grid):
-    """A small array enlarged to SIZE, smoothly."""
-    height, width = SIZE
-    return np.asarray(Image.fromarray(grid).resize((width, height)))
+    size = 2 * math.ceil(3 * sigma) + 1
+    return gaussian_blur(torch.from_numpy(image)[None], size, sigma)[0].numpy()
 
 
 def thumbnail(stains: dict) -> np.ndarray:

@@ -89,11 +89,8 @@ def _feature_info(name):
 
 def _nearest(strides, level, depth):
     """Return which map has the stride nearest to 2**level. Of several alike, early ones serve fine levels."""
-    def distance(k):
-        return abs(math.log2(strides[k]) - level)
-
-    least = min(map(distance, strides))
-    nearest = [k for k in strides if distance(k) == least]
+    distances = {k: abs(math.log2(stride) - level) for k, stride in strides.items()}
+    nearest = [k for k in strides if distances[k] == min(distances.values())]
     return nearest[(len(nearest) * level - 1) // depth]
 
 
@@ -128,7 +125,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.network = network
         self.multiple = network.multiple
-        self.sources = sources[1:]
+        self.sources = sources
         self.colours = nn.Identity()
         if colours != in_channels:
             self.colours = nn.Conv2d(in_channels, colours, 1, bias=False)
@@ -136,7 +133,7 @@ class Pyramid(nn.Module):
         self.stem = conv_bn_relu(in_channels, WIDTHS[0], stride=2)
         self.channels = [WIDTHS[0]]
         self.projections = nn.ModuleList()
-        for source, width in zip(self.sources, WIDTHS[1:]):
+        for source, width in zip(sources[1:], WIDTHS[1:]):
             channels = network.channels[source]
             self.channels.append(min(channels, width))
             self.projections.append(conv_bn_relu(channels, self.channels[-1], 1))
@@ -147,11 +144,10 @@ class Pyramid(nn.Module):
         if getattr(self.network, "output_fmt", "") == "NHWC":
             maps = [x.permute(0, 3, 1, 2) for x in maps]
         levels = [self.stem(image)]
-        for source, project in zip(self.sources, self.projections):
-            x = project(maps[source])
-            level = len(levels) + 1
-            x = _resize(x, height >> level, width >> level)                      # (N, C, H / 2**level, W / 2**level)
-            levels.append(x)
+        for level, project in enumerate(self.projections, 2):
+            x = project(maps[self.sources[level - 1]])
+            x = F.interpolate(x, (height >> level, width >> level), mode="bilinear")
+            levels.append(x)                                                    # (N, C, H / 2**level, W / 2**level)
         return levels
 
 
@@ -173,23 +169,16 @@ class Windows(nn.Module):
         side = self.multiple
         windows = F.unfold(image, side, stride=side)                            # (N, C * side * side, windows)
         windows = windows.transpose(1, 2).reshape(-1, channels, side, side)     # (N * windows, C, side, side)
-        windows = _resize(windows, self.size, self.size)
+        windows = F.interpolate(windows, self.size, mode="bilinear")
         levels = []
         for level, x in enumerate(self.pyramid(windows), 1):
             cells = side >> level
-            x = _resize(x, cells, cells)
+            x = F.interpolate(x, cells, mode="bilinear")
             x = x.reshape(number, -1, x[0].numel())
             x = x.transpose(1, 2)                                               # (N, C * cells * cells, windows)
             x = F.fold(x, (height >> level, width >> level), cells, stride=cells)
             levels.append(x)                                                    # (N, C, H / 2**level, W / 2**level)
         return levels
-
-
-def _resize(x, height, width):
-    """Return the maps (N, C, h, w) as (N, C, height, width)."""
-    if x.shape[2:] == (height, width):
-        return x
-    return F.interpolate(x, (height, width), mode="bilinear")
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) -> nn.Sequential:
@@ -208,30 +197,17 @@ def create_classifier(name: str, classes: int, image_size: int, weights: str) ->
     weights: see with_weights. Raises InputError, also where the network cannot take images of this size.
     """
     check_name("model", name)
-    own_size = timm.get_pretrained_cfg(name).input_size[-1]
-    # transformers must know the size when they are built, CNNs have no such argument
-    sized = {} if own_size == image_size else {"img_size": image_size}
-
-    def create(**settings):
-        try:
-            return timm.create_model(name, num_classes=classes, **sized, **settings)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            return timm.create_model(name, num_classes=classes, **settings)
-
+    config = timm.get_pretrained_cfg(name)
+    # transformers must know the size when they are built
+    size = image_size if config.fixed_input_size else None
+    create = functools.partial(timm.create_model, name, num_classes=classes, img_size=size)
     try:
         network = create().eval()
         with torch.no_grad():
             network(torch.zeros(1, 3, image_size, image_size))
-        patches = getattr(network, "patch_embed", None)
-        patch = torch.tensor(getattr(patches, "patch_size", 1)).max()
-        if image_size % patch:
-            raise ValueError(f"it is no multiple of its patches of {patch}")
     except Exception as error:  # each of timm's networks has its own kind
-        reason = one_line(error, 200)
-        raise InputError(f"model {name!r} cannot classify images of {image_size} x {image_size} ({reason}); its own "
-                         f"size is {own_size}") from error
+        raise InputError(f"model {name!r} cannot classify images of {image_size} x {image_size} "
+                         f"({one_line(error, 200)}); its own size is {config.input_size[-1]}") from error
     return with_weights(network.train(), create, name, weights)
 
 
@@ -246,8 +222,8 @@ def check_name(what: str, name: str) -> None:
     """Raise InputError, which shows similar names, unless timm has this model (with these weights: model.weights)."""
     known = timm.list_models() + timm.list_pretrained()
     if name not in known:
-        similar = ", ".join(difflib.get_close_matches(name, known, cutoff=0))
-        raise InputError(f"{what} {name!r} is not a timm model; near it: {similar}")
+        similar = difflib.get_close_matches(name, known, cutoff=0)
+        raise InputError(f"{what} {name!r} is not a timm model; near it: {', '.join(similar)}")
 
 
 def with_weights(network: nn.Module, create: Callable, name: str, weights: str) -> tuple:
@@ -260,7 +236,7 @@ def with_weights(network: nn.Module, create: Callable, name: str, weights: str) 
     if weights == "none":
         return network, "none"
     if weights not in ("auto", "imagenet"):
-        return _from_file(network, create, weights), str(weights)
+        return _from_file(create, name, weights), str(weights)
     try:
         get_session().head(hub.ENDPOINT, timeout=CONNECT_SECONDS)
     except Exception:  # of a kind that changes with the hub's version
@@ -275,20 +251,14 @@ def with_weights(network: nn.Module, create: Callable, name: str, weights: str) 
     return network, "none"
 
 
-def _from_file(network, create, file):
+def _from_file(create, name, file):
     """Return the network with the weights in a file: tensors by timm's names (.pth, .pt or .safetensors)."""
     try:
         state = timm.models.load_state_dict(str(file), weights_only=True)
-        if _plain(state).isdisjoint(_plain(network.state_dict())):
+        # a feature extractor takes what it knows, whatever that is, and names it otherwise than the whole network
+        if state.keys().isdisjoint(timm.create_model(name).state_dict()):
             raise ValueError("none of its names is one of the network's")
         return create(pretrained=True, pretrained_cfg_overlay={"state_dict": state})
     except Exception as error:  # unpickling, safetensors and shape errors have no common kind
-        reason = one_line(error, 200)
-        raise InputError(f"--weights {file}: no weights for this network ({reason}); give a file of timm's weights for "
-                         "it, auto, imagenet or none") from error
-
-
-def _plain(names):
-    """Return the weights' names without what timm's feature extractors add: model.a and body.a are a, a_0 is a.0."""
-    plain = [name.removeprefix("model.").removeprefix("body.") for name in names]
-    return {name.replace("_", ".") for name in plain}
+        raise InputError(f"--weights {file}: no weights for this network ({one_line(error, 200)}); give a file of "
+                         "timm's weights for it, auto, imagenet or none") from error

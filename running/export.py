@@ -1,7 +1,5 @@
-"""Writes a run's best network as one file that runs without this project: `python test.py RUN --export FILE`.
-
-    .pt2     torch.export.load(FILE).module()(image), where only torch is installed
-    .onnx    ONNX, for onnxruntime and others; needs onnxscript and onnxruntime
+"""Writes a run's best network as one file that runs where only torch is installed: `python test.py RUN --export FILE`,
+then torch.export.load(FILE).module()(image).
 
 segmentation:   image (N, C, H, W) -> logits (N, classes, H, W), any N and any H and W from 16 up
 classification: image (N, 3, S, S) -> logits (N, classes), any N; of several folds their ensemble, as one network
@@ -40,7 +38,7 @@ class AnySize(nn.Module):
             size = image.shape[axis]
             # The exporter takes what `item` returns as a new number. So all sizes inside are plain multiples of it,
             # which can be compared, and none is one of the example's or set apart because it may be 1.
-            steps = torch.full((), (size + multiple - 1) // multiple).item()  # ONNX rounds -size // multiple towards 0
+            steps = torch.full((), (size + multiple - 1) // multiple).item()
             torch._check(steps >= 1)
             torch._check(steps * multiple >= size)
             places = torch.arange(steps * multiple).clamp(max=size - 1)  # repeats the border
@@ -63,11 +61,11 @@ class Ensemble(nn.Module):
 
 def export_run(run: Path, config: dict, file: Path) -> None:
     """Write the network of a run, or of all folds in its folder, and print what it takes and gives."""
-    if file.suffix not in (".pt2", ".onnx"):
-        raise InputError(f"--export {file}: must be named .pt2 (PyTorch) or .onnx")
+    if file.suffix != ".pt2":
+        raise InputError(f"--export {file}: must be named .pt2")
     find = segmentation if config["task"] == "seg" else classification
     network, own, free, shapes, text = find(run, config)
-    content, exported = export(network, free, shapes[0], file.suffix)
+    content, exported = export(network, free, shapes[0])
     print(text)
     for shape in shapes:
         check(exported, own, shape)
@@ -118,28 +116,17 @@ def best(folder, build, config):
     return fast.for_inference(model).to(memory_format=torch.contiguous_format)
 
 
-def export(network, free, shape, suffix):
+def export(network, free, shape):
     """Return the content of the file, bytes, and what is in it as a function of an image. free: {axis: Dim}; shape: an
     example's."""
     buffer = io.BytesIO()  # on a full disk torch's own writer would abort the process
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # where the exporters fail they write thousands of lines
+        with contextlib.redirect_stderr(io.StringIO()):  # where the exporter fails it writes thousands of lines
             program = torch.export.export(network, (torch.rand(shape),), dynamic_shapes=(free,), strict=False)
-            if suffix == ".pt2":
-                torch.export.save(program, buffer)
-                buffer.seek(0)
-                exported = torch.export.load(buffer).module()
-            else:
-                import onnxruntime
-                program = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["logits"])
-                buffer.write(program.model_proto.SerializeToString())  # weights and all, up to 2 GB
-                session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
-
-                def exported(image):
-                    return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
-    except ImportError as error:
-        raise InputError(f"--export: pip install onnxscript onnxruntime, or export to .pt2 ({error})") from error
-    except Exception as error:  # torch's exporters have no common kind
+            torch.export.save(program, buffer)
+        buffer.seek(0)
+        exported = torch.export.load(buffer).module()
+    except Exception as error:  # torch's exporter has no kind of its own
         raise InputError(f"--export: torch cannot export this network: {process.one_line(error, 200)}") from error
     return buffer.getvalue(), exported
 

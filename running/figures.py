@@ -1,43 +1,70 @@
 """The figures in a run's folder, as PNG: images beside truth and prediction, and the curves of the training."""
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
+import dedl
 from images import reading
-from running import process
+from images.manifests import Field
+from running import nuclei, process
 
 SIDE = 512     # pixels, at most; of larger images the middle is shown
+OVERLAY = 2048  # pixels, at most, of an overlay's side
 CAPTION = 40   # pixels, two lines
 # Okabe and Ito's colours, which colour-blind people tell apart
 TRUTH = (86, 180, 233)
 PREDICTED = (230, 159, 0)
 BOTH = (255, 255, 255)
+MERGED = (214, 39, 40)
+SPLIT = (204, 121, 167)
+NUCLEI = np.uint8([TRUTH, PREDICTED, (0, 158, 115), (240, 228, 66), SPLIT, (0, 114, 178), MERGED, (150, 150, 150)])
+APART = 4      # pixels; nuclei that are closer get different colours
 
 
 def save_samples(rows: list, file: Path) -> None:
-    """Save image | truth | prediction | the contours of both, of the middle of each image.
+    """Save image | truth | prediction | the outlines of both, of the middle of each image.
 
-    rows: (caption, Field, predicted mask (H, W) bool).
+    rows: (caption, Field, found nuclei (H, W)).
     """
     cells = []
-    for caption, field, mask in rows:
+    for caption, field, found in rows:
         height, width = field.shape
         top = max(0, (height - SIDE) // 2)
         left = max(0, (width - SIDE) // 2)
         middle = slice(top, top + SIDE), slice(left, left + SIDE)
-        image = draw(field.window(*middle))
-        truth = draw(field.mask[middle][None])
-        prediction = draw(mask[middle][None])
-        channels = ", ".join(field.channels[:3])
+        image = field.window(*middle)
+        zoom = max(1, SIDE // max(image.shape[1:]))
+        truth = enlarged(field.labels[middle], zoom)
+        found = enlarged(found[middle], zoom)
+        merged, split = mistakes(found, truth)
         cells += [
-            (f"{caption}  {field.record.image.stem}\nmiddle of {height} x {width} pixels, {channels}", image),
-            ("truth", truth),
-            ("prediction", prediction),
-            ("contours\nblue truth, orange prediction, white both", draw_contours(image, truth, prediction)),
+            (f"{caption}  {field.record.image.stem}\n"
+             f"middle of {height} x {width} pixels, {', '.join(field.channels[:3])}", draw(image, zoom)),
+            (f"truth\n{len(truth.unique()) - 1} nuclei", Image.fromarray(colour(truth))),
+            (f"prediction\n{len(found.unique()) - 1} nuclei", Image.fromarray(colour(found))),
+            (f"outlines: blue truth, orange prediction, white both\nfilled: {len(merged)} found as one (red), "
+             f"{len(split)} found in parts (pink)", draw_outlines(draw(image, zoom), found, truth, merged, split)),
         ]
     save_table(cells, file)
+
+
+def overview(field: Field) -> torch.Tensor:
+    """Return an image (C, h, w) in [0, 1] of at most OVERLAY pixels a side: every second, third, ... pixel."""
+    every = slice(None, None, -(-max(field.shape) // OVERLAY))
+    return field.window(every, every)
+
+
+def overlay(view: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Draw the outlines of nuclei (H, W), in colours that neighbours do not share, on what overview gave: (h, w, 3)."""
+    step = -(-max(labels.shape) // OVERLAY)
+    small = labels[::step, ::step]
+    pixels = np.array(draw(view))
+    edge = dedl.outline(small)
+    pixels[edge] = colour(small)[edge]
+    return pixels
 
 
 def save_labels(records: list, probabilities: np.ndarray, truth: np.ndarray, classes: list, file: Path) -> None:
@@ -83,34 +110,61 @@ def evenly(items: list, most: int) -> list:
     return [items[round(place)] for place in places]
 
 
-def draw(pixels):
-    """Draw (C, h, w) in [0, 1]: one channel in grey, of several the first three as red, green and blue. Small images
-    are enlarged by a whole number."""
+def draw(pixels, zoom=1):
+    """Draw (C, h, w) in [0, 1]: one channel in grey, of several the first three as red, green and blue."""
     if len(pixels) == 1:
         pixels = pixels.expand(3, -1, -1)
     black = torch.zeros_like(pixels)
     rgb = torch.cat([pixels, black])[:3] * 255.0
     image = Image.fromarray(rgb.round().byte().permute(1, 2, 0).numpy())
-    zoom = SIDE // max(image.size)
     return ImageOps.scale(image, zoom, Image.Resampling.NEAREST)
 
 
-def draw_contours(image, truth, prediction):
-    """Draw the outlines of two masks on an image in grey: all three are PIL images."""
-    true = outline(truth)
-    predicted = outline(prediction)
-    contours = image.convert("L").convert("RGB")  # all three colours are seen on grey
-    contours.paste(TRUTH, mask=true)
-    contours.paste(PREDICTED, mask=predicted)
-    contours.paste(BOTH, mask=ImageChops.multiply(true, predicted))
-    return contours
+def draw_outlines(image, found, truth, merged, split):
+    """Draw the outlines of nuclei (H, W) on a PIL image in grey, those found as one or in parts filled."""
+    pixels = np.array(image.convert("L").convert("RGB"))  # all colours are seen on grey
+    for numbers, tint in ((merged, MERGED), (split, SPLIT)):
+        filled = torch.isin(truth, numbers)
+        pixels[filled] = pixels[filled] // 2 + np.uint8(tint) // 2
+    true = dedl.outline(truth)
+    predicted = dedl.outline(found)
+    pixels[true] = TRUTH
+    pixels[predicted] = PREDICTED
+    pixels[true & predicted] = BOTH
+    return Image.fromarray(pixels)
 
 
-def outline(mask):
-    """Return the pixels of a mask that touch its outside."""
-    mask = mask.convert("L")
-    inner = mask.filter(ImageFilter.MinFilter(3))
-    return ImageChops.subtract(mask, inner)
+def mistakes(found, truth):
+    """Return the numbers of the true nuclei (H, W) that lie, by half or more, in one found nucleus with others, and of
+    those in which several found nuclei lie by half or more."""
+    numbers, true_numbers, shared, areas, true_areas = dedl.overlaps(found, truth)
+    inside = 2 * shared >= true_areas[true_numbers]
+    holders = numbers[inside]
+    merged = true_numbers[inside][holders.bincount()[holders] > 1]
+    owners, parts = true_numbers[2 * shared >= areas[numbers]].unique(return_counts=True)
+    return merged, owners[parts > 1]
+
+
+def colour(labels):
+    """Return nuclei (H, W) in colours (H, W, 3) that none has in common with one less than APART pixels away."""
+    wide = nuclei.grow(labels, labels == 0, APART / 2).numpy()
+    earlier = defaultdict(set)                                        # of each nucleus, neighbours of lower number
+    for one, two in ((wide[1:], wide[:-1]), (wide[:, 1:], wide[:, :-1])):
+        meet = one != two
+        for pair in set(zip(one[meet].tolist(), two[meet].tolist())):
+            earlier[max(pair)].add(min(pair))
+    places = [0]                                                      # of each nucleus's colour
+    for number in range(1, labels.max() + 1):
+        taken = {places[other] for other in earlier[number] if other}
+        places.append(min(range(len(NUCLEI)), key=lambda place: (place in taken, (place - number) % len(NUCLEI))))
+    pixels = NUCLEI[np.array(places)[labels]]
+    pixels[labels == 0] = 0
+    return pixels
+
+
+def enlarged(labels, zoom):
+    """Return (H, W) with each pixel repeated along both axes."""
+    return labels.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
 
 
 def save_table(cells, file):

@@ -1,45 +1,183 @@
-"""Nuclei of a mask: its connected parts."""
+"""Nuclei as objects: from a network's probabilities to label images, what is measured of each, and their files."""
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import tifffile
 import torch
 import torch.nn.functional as F
 
+import dedl
+from images import reading
+from images.labels import connected_parts
+from running import process
+from running.process import InputError
 
-def connected_parts(mask: torch.Tensor) -> torch.Tensor:
-    """Return a label image (H, W) int32 of a mask (H, W) bool: 0 outside, 1, 2, ... for its connected parts from top to
-    bottom. Pixels that touch by a corner are connected (scipy.ndimage.label with a structure of ones).
+SMALLEST = 0.05  # of the training nuclei's median area; smaller ones are dropped
+UNLIKE = 1.5     # times smaller or larger than in training: reported
+UNKNOWN = {"smallest": 0.0, "median_diameter": None, "pixel_size": None}  # of runs of earlier versions
+ROWS = 256       # are measured at a time: sums are in float64
 
-    The stretches of True in a row are the nodes of a graph; stretches that touch in neighbouring rows are its edges.
-    Each node then takes over the smallest number of its part.
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+def mask_and_seeds(probabilities: torch.Tensor) -> tuple:
+    """Return the mask (H, W) in the probabilities (classes - 1, H, W) of all classes but the background, and in it the
+    pixels that are likelier nucleus than border, the cores of nuclei."""
+    mask = probabilities.sum(0) > 0.5
+    nucleus, *border = probabilities
+    return mask, mask & (nucleus > sum(border))
+
+
+def separate(mask: torch.Tensor, seeds: torch.Tensor, smallest: float = 0.0) -> torch.Tensor:
+    """Return the nuclei (H, W) int32 in a mask: the connected parts of the seeds, grown inside the mask, and the parts
+    of the mask without a seed. Those of less than `smallest` pixels are dropped."""
+    labels = grow(connected_parts(seeds), mask)
+    others = mask & (labels == 0)
+    labels[others] = connected_parts(others)[others] + labels.max()
+    stays = labels.flatten().bincount() >= smallest
+    stays[0] = False
+    numbers = (stays.cumsum(0) * stays).int()                         # 1, 2, ... anew
+    return numbers.index_select(0, labels.flatten()).view_as(labels)
+
+
+def grow(labels: torch.Tensor, mask: torch.Tensor, rings: float = math.inf) -> torch.Tensor:
+    """Return labels (H, W) that have grown into the mask (H, W), ring by ring of pixels, by up to `rings`. Where two
+    meet, the larger number takes the pixel."""
+    width = labels.shape[1] + 2
+    free = F.pad(mask & (labels == 0), (1, 1, 1, 1)).flatten()
+    labels = F.pad(labels, (1, 1, 1, 1))                              # so that all neighbours of a pixel are there
+    flat = labels.flatten()
+    edge = flat.nonzero()[:, 0]
+    while len(edge) and rings > 0:
+        reached = []
+        for step in (-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1):
+            start = edge[free[edge + step]]
+            flat.scatter_reduce_(0, start + step, flat[start], "amax")
+            reached.append(start + step)
+        edge = torch.cat(reached).unique()
+        free[edge] = False
+        rings -= 1
+    return labels[1:-1, 1:-1].contiguous()
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+def scores(found: list, fields: list) -> dict:
+    """Return dedl.nucleus_scores of label images against those of the fields."""
+    return dedl.nucleus_scores([dedl.match_nuclei(labels, field.labels) for labels, field in zip(found, fields)])
+
+
+def describe(fields: list) -> dict:
+    """Return what config.json keeps of the training nuclei: median area and diameter in pixels, the smallest area that
+    counts, and the width of a pixel in micrometres, None where the first image's file does not have it."""
+    areas = torch.cat([field.labels.flatten().bincount()[1:] for field in fields])
+    median = areas[areas > 0].median().item()
+    return {
+        "median_area": median,
+        "median_diameter": 2 * math.sqrt(median / math.pi),
+        "smallest": SMALLEST * median,
+        "pixel_size": reading.pixel_size(fields[0].record.image),
+    }
+
+
+def unlike_training(measured: dict, usual: dict, scale: float) -> list:
+    """Return a line for nuclei and for pixels of another size than in training. measured: {image: columns}, see
+    measure; usual: see describe; scale: by which images were enlarged."""
+    wanted = {}
+    areas = np.concatenate([columns["Area"] for columns in measured.values()])
+    if len(areas) and usual["median_diameter"]:
+        diameter = 2 * math.sqrt(np.median(areas) / math.pi)
+        wanted[f"nuclei are {diameter:.0f} pixels wide in median"] = usual["median_diameter"] / diameter
+    for image in measured:
+        size = reading.pixel_size(image)
+        if size and usual["pixel_size"]:
+            wanted[f"{image}: pixels are {size:.3g} micrometres wide"] = size / usual["pixel_size"]
+    return [f"{what}, far from those in training; try --scale {own:.2f}"
+            for what, own in wanted.items() if not 1 / UNLIKE < own / scale < UNLIKE]
+
+
+def measure(labels: torch.Tensor, file: Path, ring: int = 0) -> dict:
+    """Return the columns of nuclei.csv for the nuclei (H, W) of an image, a value each: number, centroid and area in
+    pixels, and the mean of each page of the file, RGB as three.
+
+    ring: also the means within `ring` pixels around a nucleus, outside of all nuclei; NaN where no such pixel is.
     """
-    height, width = mask.shape
-    flat = F.pad(mask, (0, 1)).flatten()                              # a column of False after each row
-    before = F.pad(flat, (1, 0))[:-1]
-    starts = (flat & ~before).nonzero()[:, 0]
-    ends = (before & ~flat).nonzero()[:, 0]                           # exclusive
-    part = _smallest_connected(len(starts), *_touching(starts, ends, width + 1))
-    _, number = part.unique(return_inverse=True)
-    steps = torch.zeros(len(flat) + 1, dtype=torch.int32)             # up where a stretch begins, down where it ends
-    steps[starts] = number.int() + 1
-    steps[ends] -= number.int() + 1
-    return steps.cumsum_(0)[:-1].view(height, width + 1)[:, :width]
+    count = labels.max().item()
+    height, width = labels.shape
+    columns = {
+        "CellID": range(1, count + 1),
+        "X_centroid": means(labels, np.arange(width)[None], count),
+        "Y_centroid": means(labels, np.arange(height)[:, None], count),
+        "Area": labels.flatten().bincount()[1:].numpy(),
+    }
+    if ring:
+        outside = labels == 0
+        around = grow(labels, outside, ring) * outside
+    for name in reading.stain_names(file):
+        image, channels = reading.read_image(file, (name,))
+        for channel, page in zip(channels, image):
+            columns[channel] = means(labels, page, count)
+            if ring:
+                columns[f"{channel}_ring"] = means(around, page, count)
+    return columns
 
 
-def _touching(starts, ends, width):
-    """Pairs (upper, lower) of stretches in neighbouring rows that touch, also by a corner: two tensors of indices."""
-    first = torch.searchsorted(ends, starts + width)                  # the first that ends at or after the start
-    last = torch.searchsorted(starts, ends + width, right=True)
-    count = (last - first).clamp(min=0)
-    upper = torch.repeat_interleave(torch.arange(len(starts)), count)
-    nth = torch.arange(len(upper)) - (count.cumsum(0) - count)[upper]
-    return upper, first[upper] + nth
+def means(labels: torch.Tensor, values: np.ndarray, count: int) -> np.ndarray:
+    """Return the means (count,) of values (H, W) over the pixels of each of the labels 1 to `count` (H, W)."""
+    labels = labels.numpy()
+    values = np.broadcast_to(values, labels.shape)
+    sums = np.zeros((2, count + 1))
+    for top in range(0, len(labels), ROWS):
+        part = labels[top:top + ROWS].ravel()
+        sums[0] += np.bincount(part, values[top:top + ROWS].ravel(), count + 1)
+        sums[1] += np.bincount(part, minlength=count + 1)
+    with np.errstate(invalid="ignore"):
+        return (sums[0] / sums[1])[1:]
 
 
-def _smallest_connected(count, upper, lower):
-    """For each of `count` nodes the smallest node that edges lead to."""
-    part = torch.arange(count)
-    while True:
-        a, b = part[upper], part[lower]
-        if torch.equal(a, b):
-            return part
-        part.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
-        while not torch.equal(part, part[part]):
-            part = part[part]
+# --------------------------------------------------------------------------------------------------------------- files
+def save_labels(labels: torch.Tensor, file: Path, pixel_size: float | None) -> None:
+    """Write a label image (H, W) as a TIFF with the width of a pixel in micrometres: uint16 in ImageJ's form or, of
+    more nuclei, uint32, which that has not."""
+    large = labels.max() > 65535
+    values = labels.numpy().astype(np.uint32 if large else np.uint16)
+    tag, unit, pixels = ("MICROMETER", "um", 1 / pixel_size) if pixel_size else ("NONE", "pixel", 1)
+    with process.replacing(file) as handle:
+        tifffile.imwrite(handle, values, imagej=not large, metadata={"unit": unit}, compression="zlib",
+                         resolution=(pixels, pixels), resolutionunit=tag)
+
+
+def save_rois(labels: torch.Tensor, file: Path) -> None:
+    """Write the outlines of nuclei as ImageJ's RoiSet.zip. Needs roifile."""
+    try:
+        from roifile import ImagejRoi
+    except ImportError as error:
+        raise InputError("--rois: needs a package; pip install roifile") from error
+    with process.replacing(file) as handle, zipfile.ZipFile(handle, "w", zipfile.ZIP_DEFLATED) as rois:
+        for number, corners in outlines(labels).items():
+            rois.writestr(f"{number}.roi", ImagejRoi.frompoints(corners).tobytes())
+
+
+def outlines(labels: torch.Tensor) -> dict:
+    """Return {number: corners [(x, y)]} of the outline of each nucleus (H, W), clockwise along the borders of its
+    pixels, from its first pixel on. Holes, and parts that touch it nowhere, are left out."""
+    wide = F.pad(labels, (1, 1, 1, 1)).numpy()
+    numbers, firsts = np.unique(wide, return_index=True)
+    found = {}
+    for number, first in zip(numbers[1:].tolist(), firsts[1:].tolist()):
+        y, x = divmod(first, wide.shape[1])
+        dx, dy = 1, 0                                                 # along its upper side, the nucleus on the right
+        corners = [(x - 1, y - 1)]                                    # in the image that is not padded
+        while True:
+            x, y = x + dx, y + dy
+            if wide[y + (dy - dx - 1) // 2, x + (dx + dy - 1) // 2] == number:    # ahead on the left
+                dx, dy = dy, -dx
+            elif wide[y + (dx + dy - 1) // 2, x + (dx - dy - 1) // 2] != number:  # ahead on the right
+                dx, dy = -dy, dx
+            else:
+                continue
+            if (x - 1, y - 1) == corners[0]:
+                break
+            corners.append((x - 1, y - 1))
+        found[number] = corners
+    return found

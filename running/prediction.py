@@ -1,20 +1,24 @@
 """Predicts whole images by tiles that overlap, and the labels of images."""
+import csv
 import math
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import dedl
+from images.manifests import Field
 from running import process
 from running.compute import Compute
-from running.process import progress
+from running.process import InputError, progress
 
 # Images are predicted by larger tiles than they are trained by, most of them whole: at a tile's border the network sees
 # less. Three networks trained by 256 on DSB2018 all did better so, on validation, than predicted by 256 too.
 TILE = 1024
 OVERLAP = 256         # of neighbouring tiles, at least; see benchmarks/seams.py
-BATCH = 1 << 19       # pixels: small images of one size are predicted together, 8 of 256 x 256
 
 
 # -------------------------------------------------------------------------------------------------------- whole images
@@ -39,36 +43,49 @@ def tiles_along(size: int, tile: int = TILE, overlap: int = OVERLAP) -> list:
 @torch.inference_mode()
 def predict(
     model: nn.Module,
-    fields: list,
+    field: Field,
     compute: Compute,
     tta: bool = False,
+    scale: float = 1.0,
     tile: int = TILE,
     overlap: int = OVERLAP,
 ) -> torch.Tensor:
-    """Return the probability of the nucleus (N, H, W), float32, of images of one size, by a network in eval mode. Where
-    tiles overlap it is their weighted mean.
+    """Return the probabilities (classes - 1, H, W), float32, of all classes but the background, by a network in eval
+    mode. Where tiles overlap they are their weighted means.
 
     tta: of each tile the mean over its four turns, each as it is and mirrored (test-time augmentation).
+    scale: the image is predicted enlarged by it; the probabilities are of its own size.
     """
-    height, width = fields[0].shape
-    found = torch.zeros(len(fields), height, width)
+    height, width = field.shape
+    if scale != 1:
+        found = predict(model, enlarged(field, scale), compute, tta, 1.0, tile, overlap)[None]
+        return F.interpolate(found, (height, width), mode="bilinear", antialias=True)[0]
+    found = None
     for rows, row_weights in tiles_along(height, tile, overlap):
         for columns, column_weights in tiles_along(width, tile, overlap):
-            images = torch.stack([field.window(rows, columns) for field in fields])           # (N, C, h, w)
+            image = field.window(rows, columns)                                               # (C, h, w)
             ways = range(8) if tta else [0]
-            mean = sum(one_way(model, images, compute, way) for way in ways) / len(ways)      # (N, h, w)
+            mean = sum(one_way(model, image, compute, way) for way in ways) / len(ways)       # (classes - 1, h, w)
+            if found is None:
+                found = mean.new_zeros(len(mean), height, width)
             found[:, rows, columns] += mean * row_weights[:, None] * column_weights
     return found
 
 
-def one_way(model: nn.Module, images: torch.Tensor, compute: Compute, way: int) -> torch.Tensor:
-    """Return the probability (N, H, W) of images (N, C, H, W), predicted after way // 2 quarter turns and, where `way`
-    is odd, a flip."""
-    images = images.rot90(way // 2, (2, 3))
-    images = images.flip(3) if way % 2 else images
+def enlarged(field: Field, scale: float) -> Field:
+    """Return an image, each side `scale` times as long."""
+    image = F.interpolate(field.window()[None], scale_factor=scale, mode="bilinear", antialias=True)
+    return Field(field.record, image[0].numpy(), field.channels, (np.float32(0), np.float32(1)))
+
+
+def one_way(model: nn.Module, image: torch.Tensor, compute: Compute, way: int) -> torch.Tensor:
+    """Return the probabilities (classes - 1, H, W) of an image (C, H, W), predicted after way // 2 quarter turns and,
+    where `way` is odd, a flip."""
+    image = image.rot90(way // 2, (1, 2))
+    image = image.flip(2) if way % 2 else image
     with compute.autocast():
-        logits = model(compute.batch(images)).float()                                         # (N, classes, H, W)
-    found = logits.softmax(1)[:, 1].cpu()
+        logits = model(compute.batch(image[None]))[0].float()                                 # (classes, H, W)
+    found = logits.softmax(0)[1:].cpu()
     found = found.flip(2) if way % 2 else found
     return found.rot90(-(way // 2), (1, 2))
 
@@ -77,36 +94,27 @@ def evaluate(
     model: nn.Module,
     fields: list,
     compute: Compute,
-    class_weights: list = (1.0, 1.0),
+    class_weights: list | None = None,
     tta: bool = False,
+    scale: float = 1.0,
 ) -> tuple:
-    """Predict images that have a truth by a network in eval mode, those of equal size together. Return pixel counts
-    (images, 4), the mean cross-entropy, and for each image the probability of the nucleus (H, W)."""
-    probabilities = [None] * len(fields)
-    for indices in progress(batches_of_one_size(fields), "predicting", "batch"):
-        found = predict(model, [fields[i] for i in indices], compute, tta)
-        for i, probability in zip(indices, found):
-            probabilities[i] = probability
-    counts = torch.stack([dedl.confusion(p > 0.5, field.mask) for p, field in zip(probabilities, fields)])
+    """Predict images that have a truth by a network in eval mode. Return pixel counts (images, 4) of their masks, with
+    class weights the mean cross-entropy, and for each image the probabilities (classes - 1, H, W)."""
+    counts = []
+    probabilities = []
     loss = weight = 0.0
-    for probability, field in zip(probabilities, fields):
-        weights = torch.where(field.mask, class_weights[1], class_weights[0])                 # (H, W)
-        of_truth = torch.where(field.mask, probability, 1 - probability).clamp(min=1e-7)
-        loss -= (weights * of_truth.log()).sum().item()
-        weight += weights.sum().item()
-    return counts, loss / weight, probabilities
-
-
-def batches_of_one_size(fields: list) -> list:
-    """Return lists of the images' indices: images of equal size, of BATCH pixels together or one that is larger."""
-    sizes = {}
-    for i, field in enumerate(fields):
-        sizes.setdefault(field.shape, []).append(i)
-    batches = []
-    for (height, width), indices in sizes.items():
-        count = max(1, BATCH // (height * width))
-        batches += [indices[i:i + count] for i in range(0, len(indices), count)]
-    return batches
+    for field in progress(fields, "predicting"):
+        found = predict(model, field, compute, tta, scale)
+        probabilities.append(found)
+        nucleus = found.sum(0, keepdim=True)                                                  # (1, H, W)
+        counts.append(dedl.confusion(nucleus[0] > 0.5, field.mask))
+        if class_weights:
+            weights = torch.tensor(class_weights)
+            truth = dedl.nucleus_classes(field.labels, len(weights)).long()                   # (H, W)
+            log = torch.cat([1 - nucleus, found]).clamp(min=1e-7).log()                       # (classes, H, W)
+            loss += F.nll_loss(log[None], truth[None], weights, reduction="sum").item()
+            weight += weights[truth].sum().item()
+    return torch.stack(counts), loss / weight if class_weights else None, probabilities
 
 
 # --------------------------------------------------------------------------------------------------- labels of images
@@ -134,3 +142,29 @@ def save_labels(file: Path, records: list, classes: list, probabilities: torch.T
     rows = [[record.name, ";".join(record.labels), *(f"{p:.6f}" for p in row)]
             for record, row in zip(records, probabilities.tolist())]
     process.save_csv(file, ["image", "labels", *classes], rows)
+
+
+def save_rows(file: Path, measured: dict) -> int:
+    """Write a CSV of {image: {column: values}}, a row a value, after the rows that earlier calls wrote of other images;
+    images need not have the same columns. Return of how many images there are rows."""
+    earlier = [row for row in earlier_rows(file) if row["image"] not in measured]
+    header = list(dict.fromkeys(chain(["image"], *earlier[:1], *measured.values())))
+    rows = [[row.get(name, "") for name in header] for row in earlier]
+    for image, columns in measured.items():
+        count = len(next(iter(columns.values())))
+        cells = [map("{:.10g}".format, columns.get(name, [math.nan] * count)) for name in header[1:]]
+        rows += [[image, *row] for row in zip(*cells)]
+    process.save_csv(file, header, rows)
+    return len({row[0] for row in rows})
+
+
+def earlier_rows(file: Path) -> list:
+    """Return the rows of a table that save_rows wrote, [{column: text}]. Raises InputError for other tables."""
+    if not file.is_file():
+        return []
+    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as handle:
+        table = csv.DictReader(handle)
+        rows = list(table)
+    if "image" not in table.fieldnames:
+        raise InputError(f"{file}: has no column image; move it away")
+    return rows

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 
@@ -50,6 +49,14 @@ def progress(items: Iterable, what: str, unit: str = "image", total: int | None 
     return tqdm(items, what, total, unit=unit, leave=False, disable=True if rank() else None)
 
 
+def note(lines: list) -> None:
+    """Print the lines marked as notes, of many the first ones."""
+    for line in lines[:5]:
+        print(f"  NOTE: {line}")
+    if len(lines) > 5:
+        print(f"  NOTE: ... {len(lines) - 5} more like that")
+
+
 # -------------------------------------------------------------------------------------------------------------- endings
 def command(main: Callable, argv: list | None = None, less_memory: str = "take smaller images") -> None:
     """Run a script's main. What the user can mend ends in one line on stderr and exit status 2, Ctrl-C and SIGTERM in
@@ -57,23 +64,20 @@ def command(main: Callable, argv: list | None = None, less_memory: str = "take s
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a file's name may be no text
     try:
-        record(main)(argv)  # under torchrun, its report then holds the traceback
+        main(argv)
     except InputError as error:
-        *_, message = str(error).split("InputError: ")  # a loader process's comes after its traceback
-        fail(" ".join(message.split()))
+        fail(one_line(error))
     except OSError as error:
         fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
+        if isinstance(error, MemoryError) or "allocate" in str(error):  # in torch's messages, on a CPU and on a GPU
             fail(f"out of memory; {less_memory} ({one_line(error, 150)})")
         if world() == 1:
             raise
         fail(f"process {rank()}: {one_line(error, 300)}")  # most often because another one ended
-    finally:
-        _held.clear()
 
 
 def fail(message: str) -> None:
@@ -85,11 +89,6 @@ def fail(message: str) -> None:
 def one_line(error: Exception, length: int = 1000) -> str:
     """Return an exception's message in one line, or its type where it has none."""
     return " ".join(str(error).split())[:length] or type(error).__name__
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an exception reports that the device or the machine has too little memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -116,34 +115,18 @@ def save_csv(file: Path, header: list, rows: Iterable) -> None:
         csv.writer(handle).writerows([header, *rows])
 
 
-_held = []  # open files; their locks end with `command`
-
-
-def hold(folder: Path) -> None:
-    """Keep a folder for this process. Raises InputError if another one has it."""
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
-        return
-    _held.append(open(folder / ".lock", "w"))
-    try:
-        fcntl.lockf(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would share
-    except BlockingIOError as error:
-        raise InputError(f"--out {folder}: another process is training into it; wait, or give another") from error
-
-
 # ---------------------------------------------------------------------------------------- several processes (torchrun)
 def join(device: str) -> None:
     """Join the processes of this training, if torchrun started it; device: the value of --device. All but the first
     fall silent."""
     if not dist.is_torchelastic_launched():
         return
-    beside = int(os.environ["LOCAL_WORLD_SIZE"])
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
-        torch.set_num_threads(max(1, os.cpu_count() // beside))  # torchrun gives each process one thread
+        # torchrun gives each process one thread
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
         dist.init_process_group("gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")

@@ -1,62 +1,65 @@
 """The settings of a training: recipes, train.py's flags, and what may change when a run goes on."""
 import hashlib
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 import dedl
 import models
 from running import runs
-from running.compute import PRECISIONS, devices
+from running.compute import PRECISIONS
 from running.process import SEED, InputError, Parser, number
 
 # What a flag that is not given falls back to. paper: the published recipe. short: what worked best from random weights,
-# one cycle to a large learning rate. steps 0: one pass over the tiles.
-RECIPES = {
+# one cycle to a large learning rate. synthetic: without --data and --recipe, short with what the small synthetic set
+# needs.
+RECIPES = ("paper", "short", "synthetic")
+DEFAULTS = {
     "seg": {
-        "paper": dict(lr=3.6e-4, weight_decay=1e-5, batch_size=16, epochs=50, patience=0, class_weights="auto",
-                      tile=480, steps=0, depth=3),
-        "short": dict(lr=2e-3, weight_decay=1e-2, batch_size=4, epochs=5, patience=0, class_weights="equal",
-                      tile=256, steps=0, depth=5),
+        "lr": (3.6e-4, 2e-3, 1e-3),
+        "weight_decay": (1e-5, 1e-2, 1e-2),
+        "batch_size": (16, 4, 8),
+        "epochs": (50, 5, 3),
+        "patience": (0, 0, 0),
+        "class_weights": ("auto", "equal", "equal"),
+        "tile": (480, 256, 128),
+        "steps": (0, 0, 100),
+        "depth": (3, 5, 5),
+        "nuclei": ("mask", "auto", "auto"),
     },
     "cls": {
-        "paper": dict(lr=3e-4, weight_decay=0.0, batch_size=16, epochs=20, patience=5, class_weights="auto",
-                      image_size=384),
-        "short": dict(lr=5e-4, weight_decay=1e-2, batch_size=8, epochs=60, patience=0, class_weights="equal",
-                      image_size=160),
+        "lr": (3e-4, 5e-4, 1e-3),
+        "weight_decay": (0.0, 1e-2, 1e-2),
+        "batch_size": (16, 8, 8),
+        "epochs": (20, 60, 30),
+        "patience": (5, 0, 0),
+        "class_weights": ("auto", "equal", "equal"),
+        "image_size": (384, 160, 128),
     },
 }
-# without --data and --recipe: short, with what the small synthetic set needs
-RECIPES["seg"]["synthetic"] = RECIPES["seg"]["short"] | dict(lr=1e-3, batch_size=8, epochs=3, tile=128, steps=100)
-RECIPES["cls"]["synthetic"] = RECIPES["cls"]["short"] | dict(lr=1e-3, epochs=30, image_size=128)
 
 PLACE = ("out", "resume", "workers", "device", "amp", "fold")  # may differ when a run goes on
-ONLY = {  # flags of one task alone
-    "seg": ("arch", "encoder", "depth", "app", "app_activation", "app_weight", "tile", "channel", "steps"),
-    "cls": ("model", "image_size", "folds", "fold", "gamma", "swa"),
-}
 
 
-def make_parser(description: str | None) -> Parser:
-    """Return the parser of all flags of train.py."""
+def make_parser(description: str | None, tasks: Iterable = DEFAULTS) -> Parser:
+    """Return the parser of train.py's flags: the common ones and those of the tasks."""
     parser = Parser(description=description)
     _add_common(parser.add_argument)
-    _add_segmentation(parser.add_argument_group("--task seg").add_argument)
-    _add_classification(parser.add_argument_group("--task cls").add_argument)
+    if "seg" in tasks:
+        _add_segmentation(parser.add_argument_group("--task seg").add_argument)
+    if "cls" in tasks:
+        _add_classification(parser.add_argument_group("--task cls").add_argument)
     return parser
 
 
 def _default(flag):
     """What the recipes have for a flag, for --help."""
-    tasks = []
-    for task, recipes in RECIPES.items():
-        if flag in recipes["paper"]:
-            values = ", ".join(f"{name} {values[flag]}" for name, values in recipes.items())
-            tasks.append(f"{task}: {values}")
-    return f"[{'; '.join(tasks)}]"
+    tasks = [f"{task} {defaults[flag]}" for task, defaults in DEFAULTS.items() if flag in defaults]
+    return f"[{', '.join(RECIPES)}: {'; '.join(tasks)}]"
 
 
 def _add_common(add):
-    add("--task", choices=list(RECIPES), default="seg", help="seg: segment nuclei; cls: classify phenotypes [seg]")
+    add("--task", choices=list(DEFAULTS), help="seg: segment nuclei; cls: classify phenotypes [seg]")
     add("--data", type=Path, help="data folder [the built-in synthetic set, made on first use]")
     add("--out", type=Path, help="the run's folder [runs/<name that tells the setting>; to resume: the newest]")
     add("--recipe", choices=["paper", "short"],
@@ -70,7 +73,8 @@ def _add_common(add):
         help=f"stop after this many epochs without a better validation IoU or F1; 0: never {_default('patience')}")
     add("--class-weights", type=class_weights, metavar="auto|equal|published|W0,W1,...",
         help="of the classes in the loss; auto: by their frequency in training; published: the paper's; or numbers: "
-             "background,nucleus for seg, the classes in alphabetical order for cls " + _default("class_weights"))
+             "background,nucleus[,border] for seg, the classes in alphabetical order for cls "
+             + _default("class_weights"))
     add("--seed", type=SEED, default=77, help="[77]")
     add("--workers", type=number(int, 0, 256), help="loader processes [0 on a CPU, else up to 4]")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
@@ -81,29 +85,32 @@ def _add_common(add):
     add("--weights", default="auto", metavar="auto|imagenet|none|FILE",
         help="the first weights of the encoder or the classifier; auto: ImageNet's if they can be had, else random "
              "ones [auto]")
-    add("--limit-train", type=number(int, 1), metavar="N", help="use N training images, drawn by --seed")
+    add("--limit-train", type=number(int, 1), help="use so many training images, drawn by --seed")
     add("--resume", action="store_true", help="go on from the run's last.pt, with the settings it was started with")
 
 
 def _add_segmentation(add):
     add("--arch", choices=list(models.DECODERS), default="unet", help="[unet]")
-    add("--encoder", default="resnet18", metavar="TIMM_NAME", help="[resnet18]")
+    add("--encoder", default="resnet18", help="a timm model [resnet18]")
     add("--depth", type=int, choices=[2, 3, 4, 5], help=f"encoder stages; deeper sees farther {_default('depth')}")
     add("--app", choices=["conv", "linear", "none"], default="conv", help="autoencoder post-processing loss [conv]")
     add("--app-activation", choices=list(dedl.ACTIVATIONS), default="gelu", help="[gelu]")
     add("--app-weight", type=number(float, 0), default=1.0, help="factor of APP's penalty [1]")
     add("--tile", type=number(int, 16, 16384), help=f"side of a tile in pixels {_default('tile')}")
-    add("--steps", type=number(int, 0, 10 ** 6), metavar="N",
+    add("--steps", type=number(int, 0, 10 ** 6),
         help=f"training steps an epoch; 0: one pass over the tiles {_default('steps')}")
+    add("--nuclei", choices=["auto", "mask", "instances"],
+        help="mask: background and nucleus; instances: nuclei that touch are separated; auto: instances where the "
+             f"training masks are label images {_default('nuclei')}")
     add("--channel", default="DAPI", help="page of a multi-page TIFF by name, or several: DAPI,CD4 [DAPI]")
 
 
 def _add_classification(add):
-    add("--model", default="resnet18", metavar="TIMM_NAME", help="[resnet18]")
+    add("--model", default="resnet18", help="a timm model [resnet18]")
     add("--image-size", type=number(int, 32, 4096), help=f"side of an image in pixels {_default('image_size')}")
     add("--folds", type=number(int, 1), default=6,
         help="of the cross-validation inside the training rows; 1: none, the validation rows validate [6]")
-    add("--fold", type=number(int, 0), metavar="K", help="train fold K alone, 0 to folds - 1 [all, one after another]")
+    add("--fold", type=number(int, 0), help="train this fold alone, 0 to folds - 1 [all, one after another]")
     add("--gamma", type=number(float, 0, 100), default=2.0, help="of the focal loss; 0: binary cross-entropy [2]")
     add("--swa", action="store_true", help="average the weights over the last quarter of the epochs")
 
@@ -119,24 +126,20 @@ def class_weights(text: str) -> str | list:
 def parse_args(argv: list | None = None, description: str | None = None) -> Namespace:
     """Return the settings of a run; with --resume those it was started with are the defaults. End the program where
     they make no sense."""
-    parser = make_parser(description)
-    args = parser.parse_args(argv)
-    saved = None
+    args = make_parser(description).parse_args(argv)
+    saved = {}
     if args.resume:
         args.out = args.out or runs.newest_run("config.json")
         saved = runs.read_config(args.out)
-        go_on(parser, args.out, saved)
-        args = parser.parse_args(argv)
-    other = "cls" if args.task == "seg" else "seg"
-    for name in ONLY[other]:
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"argument --{name.replace('_', '-')}: is not for --task {args.task}")
-        delattr(args, name)
+    task = args.task or saved.get("task", "seg")
+    parser = make_parser(description, [task])  # it knows no flag of the other task
+    kept = vars(args).keys() & saved.keys() - {"workers", "fold"}
+    parser.set_defaults(**{name: saved[name] for name in kept})
+    parser.set_defaults(out=args.out, task=task)
+    args = parser.parse_args(argv)
     _fill_in_recipe(args)
     if args.data:
         args.data = args.data.resolve()
-    if Path(args.weights).is_file():
-        args.weights = str(Path(args.weights).resolve())
     if saved:
         refuse_other_settings(args, saved, (*PLACE, "data", "epochs", "patience"))
     if args.task == "seg" and args.tile < 2 ** (args.depth + 1):
@@ -149,28 +152,17 @@ def parse_args(argv: list | None = None, description: str | None = None) -> Name
 def _fill_in_recipe(args):
     usual = "short" if args.task == "seg" or not args.data else "paper"
     recipe = args.recipe or (usual if args.data else "synthetic")
-    for name, value in RECIPES[args.task][recipe].items():
+    for name, values in DEFAULTS[args.task].items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, values[RECIPES.index(recipe)])
     args.recipe = args.recipe or usual
 
 
 # ---------------------------------------------------------------------------------------------------------- to go on
-def go_on(parser: Parser, out: Path, saved: dict) -> None:
-    """Make the settings in a run's config.json the defaults of the flags. Where its device is not here, device and
-    precision are chosen anew: another machine's precision may be slow here."""
-    flags = vars(parser.parse_args([]))
-    parser.set_defaults(**{name: saved[name] for name in flags if name in saved and name not in ("workers", "fold")})
-    parser.set_defaults(out=out)
-    if saved["device"] not in devices() or saved["amp"] not in PRECISIONS:
-        parser.set_defaults(device="auto", amp="auto")
-
-
 def refuse_other_settings(args: Namespace, saved: dict, may_change: tuple = PLACE) -> None:
     """Raise InputError if the run in args.out was started with other settings, `saved`, than `args`."""
     for name, value in vars(args).items():
-        value = str(value) if isinstance(value, Path) else value
-        if name not in may_change and saved.get(name) != value:
+        if name not in may_change and str(saved.get(name)) != str(value):  # a Path is saved as a string
             raise InputError(f"argument --{name.replace('_', '-')}: the run of {args.out / 'config.json'} was started "
                              f"with {saved.get(name)}, not {value}")
 

@@ -54,6 +54,18 @@ def test_seams(benchmark, finished):
     assert status == 0 and len(re.findall(r"^\| (0|16) \| 0\.\d+ \|", out, re.M)) == 2
 
 
+def test_targets_of_nuclei(benchmark, tiny):
+    names = ["two", "touching:1:5", "border:2:1", "core:0.5:1", "distance:1", "offset:0.1"]
+    status, out, _ = benchmark("nuclei", "targets", *names, "--data", tiny, "--steps", 1, "--amp", "off")
+    assert status == 0 and all(re.search(rf"^\| {name} \| 0\.\d+ \|", out, re.M) for name in names)
+
+
+def test_decoders_of_nuclei(benchmark, finished):
+    pytest.importorskip("skimage")
+    status, out, _ = benchmark("nuclei", "decoders", finished[0], "--amp", "off")
+    assert status == 0 and len(re.findall(r"^\| .* \| \d\.\d+ \|.* \d+ \|$", out, re.M)) == 3
+
+
 def test_one_setting_of_scaling(benchmark):
     status, out, _ = benchmark("scaling", *SMALL, "--one")
     assert status == 0 and '"memory": ' in out and float(re.search(r'"training": ([\d.]+)', out)[1]) > 0

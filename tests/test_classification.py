@@ -96,7 +96,7 @@ def test_the_ensemble_is_the_mean_probability(cross_validated):
     run, folder = cross_validated
     compute = choose_compute("cpu", "off")
     records = [r for r in manifests.find_records(folder, task="cls")[0] if r.split == "test"]
-    shown = data.ImagesOnDisk(records, 32, encoders.interpolation("test_resnet"))
+    shown = [data.read_square(record, 32, encoders.interpolation("test_resnet")) for record in records]
     config = runs.read_config(run)
     networks = [runs.load_best(run / f"fold{k}", models.build_classifier, compute, config) for k in range(3)]
     of_fold = [prediction.classify(network, shown, compute).sigmoid() for network in networks]
@@ -152,7 +152,7 @@ def test_new_images_get_probabilities(cross_validated, script, tmp_path):
     (tmp_path / "new" / "broken.png").write_bytes(b"x")
     status, out, err = script(test, run, "--images", tmp_path / "new")
     assert status == 2 and err.count("\n") == 1 and "1 of 4 cannot be predicted" in err and "broken.png" in err
-    assert read_csv(run / "predictions.csv")[4] == rows[3] and len(read_csv(run / "predictions.csv")) == 5  # it adds
+    assert read_csv(run / "predictions.csv")[1] == rows[3] and len(read_csv(run / "predictions.csv")) == 5  # it adds
 
 
 def test_folds_can_be_trained_one_by_one_and_gathered(coloured, script, tmp_path):
@@ -162,7 +162,7 @@ def test_folds_can_be_trained_one_by_one_and_gathered(coloured, script, tmp_path
     assert script(train, *arguments, "--out", tmp_path / "one", "--fold", 0)[0] == 0  # beside the first
     assert script(train, *arguments, "--out", tmp_path / "two", "--fold", 1)[0] == 0  # another machine
     status, _, err = script(train, *arguments, "--out", tmp_path / "one", "--fold", 0)
-    assert status == 2 and "contains fold0; choose another folder" in err
+    assert status == 2 and "contains fold0 already; choose another folder" in err
     status, _, err = script(train, *arguments, "--out", tmp_path / "one", "--fold", 1, "--lr", 0.1)
     assert status == 2 and "argument --lr: " in err and "was started with 0.0005, not 0.1" in err
     status, _, err = script(train, *arguments, "--out", tmp_path / "one", "--fold", 1, "--epochs", 3)

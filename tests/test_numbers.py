@@ -14,7 +14,7 @@ import data
 import test
 import train
 from images import folders, reading
-from running import compute, prediction
+from running import compute
 from running.compute import Compute
 from running.process import InputError
 
@@ -22,21 +22,20 @@ bf16_gain = compute.bf16_gain  # which the tests' fixture replaces
 SMALL = (*TRAIN, "--encoder", "test_resnet")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_epoch_batch_and_files(tiny, script, tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_ends_the_run_with_epoch_and_batch(tiny, script, tmp_path, monkeypatch):
     run = tmp_path / "run"
     whole = data.Crops.__getitem__
 
     def item(self, index):
         image, mask = whole(self, index)
-        bad = self.epoch == 2 and self.file_of(index).name == "field0.png"
+        bad = self.epoch == 2 and index == 0
         return image * math.nan if bad else image, mask
 
     with monkeypatch.context() as patch:
         patch.setattr(data.Crops, "__getitem__", item)
         status, _, err = script(train, *SMALL, "--data", tiny, "--epochs", 2, "--out", run)
     assert status == 2 and err.count("\n") == 1
-    assert re.search(rf"the loss is not finite in epoch 2, batch \d \(.*{tiny}/field0.png.*\); lower --lr", err), err
-    assert err.endswith("last.pt keeps the state after epoch 1\n")
+    assert re.search(r"the loss is not finite in epoch 2, batch \d; lower --lr", err), err
     last = torch.load(run / "last.pt")
     assert last["state"]["epoch"] == 1 and all(tensor.isfinite().all() for tensor in last["model"].values())
     assert script(train, "--resume", "--out", run)[0] == 0  # the cause is gone: it goes on
@@ -45,14 +44,6 @@ def test_a_loss_that_is_no_number_ends_the_run_with_epoch_batch_and_files(tiny, 
 def test_a_learning_rate_that_explodes(tiny, script, tmp_path):
     status, _, err = script(train, "--data", tiny, *SMALL, "--lr", "1e9", "--epochs", 30, "--out", tmp_path / "run")
     assert status == 2 and err.count("\n") == 1 and "not finite" in err and "lower --lr" in err
-
-
-def test_a_validation_without_a_number_is_not_saved(tiny, script, tmp_path, monkeypatch):
-    results, whole = iter([1.0, math.nan]), prediction.evaluate
-    monkeypatch.setattr(prediction, "evaluate", lambda *inputs: (whole(*inputs)[0], next(results), whole(*inputs)[2]))
-    status, _, err = script(train, "--data", tiny, *SMALL, "--epochs", 3, "--out", tmp_path / "run")
-    assert status == 2 and "the validation loss is not finite after epoch 2" in err
-    assert torch.load(tmp_path / "run" / "last.pt")["state"]["epoch"] == 1
 
 
 def test_images_and_masks_to_look_at_are_reported_and_trained(tiny, script, tmp_path):
@@ -128,7 +119,7 @@ def test_a_cpu_takes_bfloat16_only_where_it_is_faster(monkeypatch, has, gain, ta
     monkeypatch.setattr(compute, "cpu_has_bf16", lambda: has)
     monkeypatch.setattr(compute, "bf16_gain", lambda: gain)
     assert compute.choose_compute("cpu", "auto").amp_dtype is taken
-    assert str(compute.choose_compute("cpu", "bf16")) == "cpu, bfloat16"  # what is asked for is not timed
+    assert str(compute.choose_compute("cpu", "bf16")) == "cpu, amp bf16"  # what is asked for is not timed
 
 
 def test_timing_draws_no_random_numbers():

@@ -13,7 +13,7 @@ import data
 import dedl
 import models
 import train
-from images import manifests, reading
+from images import manifests
 from networks import fast
 from running import compute, prediction, process, runs
 
@@ -62,9 +62,9 @@ def test_a_segmentation_goes_on_in_two_processes(tiny, script, tmp_path):
     model.load_state_dict(last["model"])
     records = [record for record in manifests.find_records(tiny)[0] if record.split == "validation"]
     config = runs.read_config(run)
-    counts, loss, _ = prediction.evaluate(fast.for_inference(model), data.read_fields(records),
-                                          compute.choose_compute("cpu", "off"),
-                                          torch.tensor(config["class_weights_used"]))
+    fields = data.read_fields(records)
+    counts, loss, _ = prediction.evaluate(fast.for_inference(model), fields, compute.choose_compute("cpu", "off"),
+                                          config["class_weights_used"])
     assert float(rows[-1]["val_iou"]) == pytest.approx(dedl.segmentation_scores(counts)["iou"], abs=1e-6)
     assert float(rows[-1]["val_loss"]) == pytest.approx(loss, rel=1e-5)
     assert config["processes"] == 2 and (run / "samples.png").is_file()
@@ -144,18 +144,3 @@ def test_the_number_of_workers_changes_no_figure(tiny, coloured, script, tmp_pat
         assert script(train, *arguments, "--workers", workers, "--out", out)[0] == 0
         rows.append([{**row, "seconds": 0} for row in metrics(out / "fold1" if task == "cls" else out)])
     assert rows[0] == rows[1]
-
-
-def test_a_file_that_a_loader_process_cannot_read_is_named(coloured, script, tmp_path, monkeypatch):
-    whole = reading.read_rgb
-
-    def read_rgb(path):
-        if path.name == "picture7.png" and torch.utils.data.get_worker_info():
-            path.write_bytes(b"x")
-        return whole(path)
-
-    monkeypatch.setattr(reading, "read_rgb", read_rgb)
-    monkeypatch.setattr(data, "IMAGE_MEMORY", 0)
-    status, _, err = script(train, "--data", coloured, *CLASSIFY, "--workers", 1, "--out", tmp_path / "run")
-    assert status == 2 and err.count("\n") == 1
-    assert err.startswith(f"error: {coloured / 'picture7.png'}: cannot be read")

@@ -70,7 +70,7 @@ def test_a_training_step_is_the_published_one(tiny, tmp_path, monkeypatch, app, 
 
 def test_published_tiles_are_a_grid_padded_with_zeros():
     ones = np.ones((1, 50, 70), np.float32)
-    field = manifests.Field(None, ones, torch.from_numpy(ones[0] > 0), ("grey",), np.float32([0, 1]))
+    field = manifests.Field(None, ones, ("grey",), np.float32([0, 1]), torch.from_numpy(ones[0]).int())
     crops = data.Crops([field, field], 32, recipe="paper")
     assert len(crops) == 2 * 2 * 3                                    # 1408 x 1876 by 480: 12, as in the notebooks
     filled = [crops[i][1].float().mean().item() for i in range(6)]
@@ -81,7 +81,7 @@ def test_published_tiles_are_a_grid_padded_with_zeros():
 def test_published_tiles_are_turned_a_little_and_flipped():
     """Each tile is turned by its own angle within 3 degrees, and the four ways of the flips come alike often."""
     y, x = np.mgrid[:64, :64].astype(np.float32)
-    field = manifests.Field(None, np.stack([x, y]), torch.from_numpy(x > 31), ("x", "y"), np.float32([0, 63]))
+    field = manifests.Field(None, np.stack([x, y]), ("x", "y"), np.float32([0, 63]), torch.from_numpy(x > 31).int())
     crops = data.Crops([field], 64, seed=1, recipe="paper")
     angles, ways, steps = [], [], torch.arange(56.0) - 27.5
     for index in range(200):

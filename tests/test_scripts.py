@@ -45,14 +45,14 @@ def test_measured_iou_is_that_of_the_saved_masks(finished, script, tmp_path):
     for record in manifests.find_records(folder)[0]:
         if record.split == "test":
             found = np.asarray(Image.open(tmp_path / "masks" / f"{record.image.stem}.png"))
-            truth = reading.read_mask(record.mask)
+            truth = reading.read_mask(record.mask) > 0
             assert found.shape == truth.shape and found.dtype == np.uint8 and set(np.unique(found)) <= {0, 255}
             counts.append([(found.astype(bool) & truth).sum(), (found.astype(bool) & ~truth).sum(),
                            (~found.astype(bool) & truth).sum(), (~found.astype(bool) & ~truth).sum()])
     tp, fp, fn, _ = np.sum(counts, 0)
     assert scores["iou"] == pytest.approx(tp / (tp + fp + fn), abs=1e-4)
     assert scores["mean_image_iou"] == pytest.approx(np.mean([c[0] / sum(c[:3]) for c in counts]), abs=1e-4)
-    assert scores["images"] == len(counts) == len(list((tmp_path / "masks").iterdir())) == 3
+    assert scores["images"] == len(counts) == len(list((tmp_path / "masks").glob("*_labels.tif"))) == 3
     for name in ("iou", "dice", "pixel_accuracy", "precision", "recall", "mean_image_iou"):
         assert f"{scores[name]:.4f}" in out
     assert (run / "test.png").is_file()
@@ -74,10 +74,12 @@ def test_best_is_the_epoch_with_the_best_validation_iou(tiny, tmp_path, monkeypa
 
     def evaluate(model, fields, *_):
         iou = round(1000 * next(ious))
-        return torch.tensor([[iou, 1000 - iou, 0, 0]] * len(fields)), 1.0, [field.mask for field in fields]
+        masks = [field.mask[None].float() for field in fields]
+        return torch.tensor([[iou, 1000 - iou, 0, 0]] * len(fields)), 1.0, masks
 
     monkeypatch.setattr(prediction, "evaluate", evaluate)
-    train.main(["--data", str(tiny), "--out", str(tmp_path / "run"), *SMALL, "--epochs", "9", "--patience", "2"])
+    train.main(["--data", str(tiny), "--out", str(tmp_path / "run"), *SMALL, "--nuclei", "mask", "--epochs", "9",
+                "--patience", "2"])
     best, last = (torch.load(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
     assert best["epoch"] == 2 and best["val_iou"] == 0.9
     assert [row["val_iou"] for row in last["state"].pop("history")] == [0.5, 0.9, 0.1, 0.8]
@@ -191,14 +193,15 @@ def field_of(*shape):
     """An image of values in [0, 1], which are not normalised any further, with a mask."""
     limits = np.zeros((shape[0], 1, 1), np.float32), np.ones((shape[0], 1, 1), np.float32)
     image = np.random.default_rng(shape).random(shape, np.float32)
-    return manifests.Field(None, image, torch.rand(shape[1:]) > 0.5, ("grey",), limits)
+    mask = torch.rand(shape[1:]) > 0.5
+    return manifests.Field(None, image, ("grey",), limits, mask.int())
 
 
 CPU = Compute(torch.device("cpu"), "off")
 
 
 def probability(field, model, **how):
-    return prediction.predict(model, [field], CPU, **how)[0]
+    return prediction.predict(model, field, CPU, **how)[0]
 
 
 class Logit(torch.nn.Module):
@@ -241,21 +244,18 @@ def test_tta_puts_the_eight_ways_back():
     torch.testing.assert_close(probability(field, Ramp(), tta=True), field.window()[0] / 2 + 0.25, atol=1e-5, rtol=0)
 
 
-def test_images_of_one_size_are_predicted_together_and_keep_their_order():
-    fields = [field_of(1, *size) for size in [(16, 20), (24, 20), (16, 20), (16, 20), (1024, 1024), (16, 20)]]
-    seen = []
+def test_scores_of_images_of_several_sizes():
+    fields = [field_of(1, *size) for size in [(16, 20), (24, 20), (16, 20)]]
 
     class Threshold(torch.nn.Module):
         def forward(self, images):
-            seen.append(tuple(images.shape))
             return torch.cat([1 - images, images], 1)
 
-    counts, loss, probabilities = prediction.evaluate(Threshold(), fields, CPU)
-    assert seen == [(4, 1, 16, 20), (1, 1, 24, 20), (1, 1, 1024, 1024)]
+    counts, loss, probabilities = prediction.evaluate(Threshold(), fields, CPU, [1.0, 1.0])
     sums = 0
     for field, probability, count in zip(fields, probabilities, counts, strict=True):
         image = field.window()
-        torch.testing.assert_close(probability, torch.sigmoid(2 * image[0] - 1))
+        torch.testing.assert_close(probability, torch.sigmoid(2 * image - 1))
         assert torch.equal(count, dedl.confusion(image[0] > 0.5, field.mask))
         logits = torch.cat([1 - image, image])[None]
         sums += torch.nn.functional.cross_entropy(logits, field.mask[None].long(), reduction="sum").item()
@@ -265,7 +265,7 @@ def test_images_of_one_size_are_predicted_together_and_keep_their_order():
 def test_tta_is_reported_and_recorded(finished, script, tmp_path):
     status, out, _ = script(test, finished[0], "--tta", "--save-masks", tmp_path / "masks")
     assert status == 0 and "with --tta" in out and json.loads((finished[0] / "test.json").read_text())["tta"] is True
-    assert len(list((tmp_path / "masks").iterdir())) == 3
+    assert len(list((tmp_path / "masks").iterdir())) == 9
 
 
 # ------------------------------------------------------------------------------------------------------- the project
@@ -292,6 +292,8 @@ def test_readme_and_ci_name_the_same_commands():
 def test_class_weights_follow_the_data(tiny):
     fields = data.read_fields([r for r in manifests.find_records(tiny)[0] if r.split == "train"])
     share = np.mean(np.concatenate([f.mask.numpy().ravel() for f in fields]))
-    assert train.segmentation_weights("auto", fields) == pytest.approx([share, 1 - share])
-    assert train.segmentation_weights("published", fields) == list(dedl.PUBLISHED_CLASS_WEIGHTS.values())
-    assert train.segmentation_weights("equal", fields) == [1, 1]
+    assert train.segmentation_weights("auto", fields, 2) == pytest.approx([share, 1 - share])
+    assert train.segmentation_weights("published", fields, 2) == list(dedl.PUBLISHED_CLASS_WEIGHTS.values())
+    assert train.segmentation_weights("equal", fields, 2) == [1, 1]
+    assert train.segmentation_weights([1, 2], fields, 3) == [1, 2, 2]
+    assert train.segmentation_weights([1, 2, 3], fields, 3) == [1, 2, 3]
