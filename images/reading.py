@@ -98,12 +98,13 @@ def pixel_size(path: Path | str) -> float | None:
         return None
     with tifffile.TiffFile(path) as tiff:
         page = tiff.pages[0]
-        size = 1 / page.get_resolution("MICROMETER")[0]
+        pixels = page.get_resolution("MICROMETER")[0]
         if (tiff.imagej_metadata or {}).get("unit") in MICROMETRE:
-            size = 1 / page.resolution[0]
-        for pixels in _xml(tiff.ome_metadata or "").iterfind("{*}Image[1]/{*}Pixels[@PhysicalSizeX]"):
-            if pixels.get("PhysicalSizeXUnit", "um") in MICROMETRE:
-                size = float(pixels.get("PhysicalSizeX"))
+            pixels = page.resolution[0]
+        size = 1 / (pixels or 1e-9)                                 # some files say 0
+        for told in _xml(tiff.ome_metadata or "").iterfind("{*}Image[1]/{*}Pixels[@PhysicalSizeX]"):
+            if told.get("PhysicalSizeXUnit", "um") in MICROMETRE:
+                size = float(told.get("PhysicalSizeX"))
     return size if size < LARGEST_PIXEL else None
 
 

@@ -75,7 +75,7 @@ def predict(
 def enlarged(field: Field, scale: float) -> Field:
     """Return an image, each side `scale` times as long."""
     image = F.interpolate(field.window()[None], scale_factor=scale, mode="bilinear", antialias=True)
-    return Field(field.record, image[0].numpy(), field.channels, (np.float32(0), np.float32(1)))
+    return Field(field.record, image[0].numpy(), field.channels, np.float32([0, 1]))
 
 
 def one_way(model: nn.Module, image: torch.Tensor, compute: Compute, way: int) -> torch.Tensor:
@@ -164,7 +164,6 @@ def earlier_rows(file: Path) -> list:
         return []
     with open(file, newline="", encoding="utf-8", errors="surrogateescape") as handle:
         table = csv.DictReader(handle)
-        rows = list(table)
-    if "image" not in table.fieldnames:
-        raise InputError(f"{file}: has no column image; move it away")
-    return rows
+        if "image" not in (table.fieldnames or ()):
+            raise InputError(f"{file}: has no column image; move it away")
+        return list(table)

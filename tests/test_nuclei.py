@@ -303,6 +303,7 @@ def test_pixel_sizes(tmp_path):
         "cm.tif": (dict(resolution=(20000, 20000), resolutionunit="CENTIMETER"), 0.5),
         "print.tif": (dict(resolution=(300, 300), resolutionunit="INCH"), None),
         "none.tif": (dict(), None),
+        "zero.tif": (dict(resolution=(0, 0), resolutionunit="CENTIMETER"), None),
         "imagej.tif": (dict(imagej=True, resolution=(4, 4), metadata={"unit": "um"}), 0.25),
         "a.ome.tif": (dict(metadata={"axes": "YX", "PhysicalSizeX": 0.325, "PhysicalSizeXUnit": "µm"}), 0.325),
     }

@@ -100,9 +100,10 @@ def test_images_of_one_stem_get_files_of_their_own(run, tiny, script, tmp_path, 
     shutil.copy(other / "field0.png", tmp_path / "deeper" / "other")
     status, _, err = script(test, run, "--images", other, tmp_path / "deeper" / "other", "--save-masks", tmp_path / "x")
     assert status == 2 and "2 images would go into other_field0.png" in err
-    (both / "predictions.csv").write_text("picture,height\na.png,3\n")  # somebody else's
-    status, _, err = script(test, run, "--images", tiny / "field0.png", "--save-masks", both)
-    assert status == 2 and "predictions.csv: has no column image" in err
+    for text in ("picture,height\na.png,3\n", ""):                   # somebody else's
+        (both / "predictions.csv").write_text(text)
+        status, _, err = script(test, run, "--images", tiny / "field0.png", "--save-masks", both)
+        assert status == 2 and "predictions.csv: has no column image" in err
 
 
 def test_an_interruption_keeps_the_table_of_what_is_done(run, tiny, script, monkeypatch):
