@@ -250,23 +250,35 @@ def nucleus_classes(labels: torch.Tensor, classes: int = 3) -> torch.Tensor:
     """Return what a network learns of a label image (H, W): class indices (H, W), uint8.
 
     0 background, 1 nucleus; of 3 classes 2 is a nucleus's border, BORDER of its depth: so the cores of nuclei that
-    touch lie apart, and every nucleus has one. Depth is counted in rings of pixels, from what is not this nucleus; what
-    lies beyond the image is not known and makes no border.
+    touch lie apart, and every nucleus has one. Depth is counted from what is not this nucleus, see rings.
     """
     truth = (labels > 0).byte()
     if classes == 2:
         return truth
-    depth = truth.float()                                                               # 1, 2, ... inside nuclei
-    inside = (labels > 0) & ~outline(labels)
-    while inside.any():
-        depth += inside
-        wide = F.pad(inside, (1, 1, 1, 1), value=True)
-        rows = wide[:-2] & wide[1:-1] & wide[2:]
-        inside = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
-    places = labels.flatten().long()
-    deepest = torch.zeros(int(labels.max()) + 1).scatter_reduce(0, places, depth.flatten(), "amax")
-    border = (BORDER * deepest).round().clamp(min=1)[places].view(labels.shape)
+    depth = truth + rings((labels > 0) & ~outline(labels), max(labels.shape), square=True)
+    places = labels.long()
+    deepest = torch.zeros(int(labels.max()) + 1).scatter_reduce(0, places.flatten(), depth.flatten(), "amax")
+    border = (BORDER * deepest).round().clamp(min=1)[places]
     return truth + truth * (depth <= border)
+
+
+def rings(inside: torch.Tensor, most: int, square: bool = False) -> torch.Tensor:
+    """Return how deep each pixel of a mask (H, W) lies in it, float32, in rings of pixels: 1 at its border, up to
+    `most`, 0 outside. What lies beyond the image is not known and makes no border.
+
+    Square rings go by the sides and corners of pixels; the others by sides and by both in turn, so that they are nearly
+    round.
+    """
+    depth = inside.float()
+    for ring in range(1, most):
+        wide = F.pad(inside, (1, 1, 1, 1), value=True)
+        column = wide[:-2] & wide[1:-1] & wide[2:]
+        sides = column if square or ring % 2 == 0 else wide[1:-1]
+        inside = sides[:, :-2] & column[:, 1:-1] & sides[:, 2:]
+        if not inside.any():
+            break
+        depth += inside
+    return depth
 
 
 def outline(labels: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ def main(argv: list | None = None) -> None:
     args.split = args.split or ("validation" if len(folders) > 1 else "test")
     if args.export:
         return export.export_run(folders[0], runs.read_config(folders[0]), args.export)
-    compute = choose_compute(args.device, args.amp)
+    compute = choose_compute(args.device, args.amp, 1 << 28)  # maps of a large image are given back
     print(compute)
     measured = []
     failed = []
@@ -155,7 +155,7 @@ def test_segmentation(
 ) -> dict:
     """Predict a split by a run's best network; print and write what is found. Return the scores."""
     # 1. the network, the images, where files go
-    model = runs.load_best(run, models.build_segmenter, compute, config)
+    model = runs.load_best(run, models.build_segmenter, compute)
     folder, records = find_split(config, args)
     names = output_names(records, args)
     fields = data.read_fields(records, channels_of(config, args), f"{args.split} images")
@@ -164,11 +164,10 @@ def test_segmentation(
     # 2. predict and measure
     model = fast.for_inference(model)
     counts, _, probabilities = prediction.evaluate(model, fields, compute, tta=args.tta, scale=args.scale)
-    smallest = config.get("nucleus", nuclei.UNKNOWN)["smallest"] / args.scale ** 2
     found = []
     for field, own in zip(fields, probabilities):
-        mask, seeds = nuclei.mask_and_seeds(own)
-        found.append(nuclei.separate(mask, seeds, smallest))
+        mask, cores = nuclei.mask_and_cores(own)
+        found.append(nuclei.separate(mask, cores, config["nucleus"], args.scale))
         name = names[field.record.image]
         save_nuclei(mask, found[-1], figures.overview(field), field.record, name, args)
         save_probability(own, name, args)
@@ -272,8 +271,8 @@ def predict_masks(run: Path, config: dict, compute: Compute, args: Namespace) ->
     args.save_masks = args.save_masks or run / "predictions"
     table = args.save_masks / "predictions.csv"
     names = output_names(records, args, [row["image"] for row in prediction.earlier_rows(table)])
-    model = fast.for_inference(runs.load_best(run, models.build_segmenter, compute, config))
-    usual = config.get("nucleus", nuclei.UNKNOWN)
+    model = fast.for_inference(runs.load_best(run, models.build_segmenter, compute))
+    usual = config["nucleus"]
     images = {}    # {name: columns of predictions.csv}
     measured = {}  # {name: columns of nuclei.csv}
     unreadable = []
@@ -291,9 +290,9 @@ def predict_masks(run: Path, config: dict, compute: Compute, args: Namespace) ->
             view = figures.overview(field)
             probabilities = prediction.predict(model, field, compute, args.tta, args.scale)
             save_probability(probabilities, name, args)
-            mask, seeds = nuclei.mask_and_seeds(probabilities)
+            mask, cores = nuclei.mask_and_cores(probabilities)
             del field, probabilities  # a large image needs the memory
-            labels = nuclei.separate(mask, seeds, usual["smallest"] / args.scale ** 2)
+            labels = nuclei.separate(mask, cores, usual, args.scale)
             save_nuclei(mask, labels, view, record, name, args)
             measured[record.name] = nuclei.measure(labels, record.image, args.ring)
             images[record.name] = {
@@ -354,7 +353,7 @@ def test_classification(
     classes = config["classes"]
     interpolation = encoders.interpolation(config["model"])
     labelled = data.read_labelled(records, classes, config["image_size"], interpolation, f"{args.split} images")
-    of_fold = predict_by_folds(run, config, labelled.images, compute, args)                    # {fold: (N, classes)}
+    of_fold = predict_by_folds(run, labelled.images, compute, args)                            # {fold: (N, classes)}
     ensemble = torch.stack(list(of_fold.values())).mean(0)
 
     # 2. scores; beside them those of guesses that look at no image
@@ -408,11 +407,11 @@ def print_scores(measured: dict) -> None:
         print(f"    {name:19.19}{row['f1']:11.4f}{row['precision']:11.4f}{row['recall']:11.4f}{row['support']:11d}")
 
 
-def predict_by_folds(run: Path, config: dict, images, compute: Compute, args: Namespace) -> dict:
+def predict_by_folds(run: Path, images, compute: Compute, args: Namespace) -> dict:
     """Return {fold: probabilities (N, classes) of the images by its best network} of the folds in a run's folder."""
     found = {}
     for number, folder in runs.fold_folders(run).items():  # one network at a time in memory
-        model = runs.load_best(folder, models.build_classifier, compute, config)
+        model = runs.load_best(folder, models.build_classifier, compute)
         found[number] = prediction.classify(model, images, compute, flips=args.tta).sigmoid()
     return found
 
@@ -422,10 +421,7 @@ def validation_scores(run: Path, config: dict) -> dict:
     on it."""
     parts = []
     for folder in runs.fold_folders(run).values():
-        file = folder / "best.pt"
-        checkpoint = runs.load_checkpoint(file, "validation")
-        runs.check_setting(file, checkpoint, {"classes": config["classes"]})
-        parts.append(checkpoint["validation"])
+        parts.append(runs.load_checkpoint(folder / "best.pt", "validation")["validation"])
     probabilities = torch.cat([part["probabilities"] for part in parts])
     truth = torch.cat([part["truth"] for part in parts])
     scores = dedl.classification_scores(probabilities > 0.5, truth, config["classes"])
@@ -447,7 +443,7 @@ def predict_labels(run: Path, config: dict, compute: Compute, args: Namespace) -
         except InputError as error:
             unreadable.append(str(error))
     if images:
-        folds = list(predict_by_folds(run, config, list(images.values()), compute, args).values())
+        folds = list(predict_by_folds(run, list(images.values()), compute, args).values())
         ensemble = torch.stack(folds).mean(0)[:, :, None].tolist()
         rows = {name: dict(zip(config["classes"], own)) for name, own in zip(images, ensemble)}
         in_all = prediction.save_rows(table, rows)

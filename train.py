@@ -87,7 +87,7 @@ def train_segmentation(args: Namespace, compute: Compute) -> None:
     model = models.build_segmenter(**setting, weights="none" if resumes else args.weights)
     app = dedl.build_app(args.app, args.tile, classes, args.app_activation)
     parts = make_parts(model, app, args, compute)
-    state = begin_or_resume(out, parts, setting)
+    state = begin_or_resume(out, parts)
     weights_used = begun["weights_used"] if resumes else model.weights_used
     config = save_config(args, compute, parts, records, setting=setting, weights_used=weights_used,
                          class_weights_used=class_weights, channels=fields[0].channels,
@@ -103,7 +103,7 @@ def train_segmentation(args: Namespace, compute: Compute) -> None:
         started = time.perf_counter()
         loader = make_loader(tiles, tiles_an_epoch, args, compute, state)
         train_loss, penalty = train_epoch(parts, loader, losses_of, compute, state, args)
-        found, scores = validate(model, val_fields, class_weights, config["nucleus"]["smallest"], compute)
+        found, scores = validate(model, val_fields, class_weights, config["nucleus"], compute)
         if process.rank() == 0:
             shown = [("validation", field, labels) for field, labels in zip(val_fields, found)]
             figures.save_samples(figures.evenly(shown, most=4), out / "samples.png")
@@ -139,12 +139,13 @@ def validate(
     model: torch.nn.Module,
     fields: list,
     class_weights: list,
-    smallest: float,
+    usual: dict,
     compute: Compute,
 ) -> tuple:
-    """Return the nuclei found in the fields, label images, and the scores for metrics.csv."""
+    """Return the nuclei found in the fields, label images, and the scores for metrics.csv. usual: see
+    nuclei.describe."""
     counts, loss, probabilities = prediction.evaluate(fast.for_inference(model), fields, compute, class_weights)
-    found = [nuclei.separate(*nuclei.mask_and_seeds(own), smallest) for own in probabilities]
+    found = [nuclei.separate(*nuclei.mask_and_cores(own), usual) for own in probabilities]
     scores = dedl.segmentation_scores(counts) | nuclei.scores(found, fields)
     shown = ("iou", "mean_image_iou", "ap50", "ap50_mean_image")
     return found, {"val_loss": loss} | {f"val_{name}": scores[name] for name in shown}
@@ -245,7 +246,7 @@ def train_fold(parts: dict, labelled: data.Labelled, train: np.ndarray, validati
     its best validation micro-F1."""
     # 1. where the fold stands
     out = args.out / f"fold{best['fold']}"
-    state = begin_or_resume(out, parts, best["setting"], best["fold"])
+    state = begin_or_resume(out, parts)
     focal = dedl.FocalLoss(gamma=args.gamma, class_weights=best["class_weights"]).to(compute.device)
     images = data.AugmentedImages(labelled, train, args.seed, args.recipe)
     val_records = [labelled.records[i] for i in validation]
@@ -537,7 +538,7 @@ def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score:
         if better:
             runs.save_checkpoint({**best, "epoch": epoch, score: row[score]}, out / "best.pt")
         last = {name: part.state_dict() for name, part in parts.items()}
-        last |= {"state": state, "setting": best["setting"], "fold": best.get("fold")}
+        last["state"] = state
         process.save_csv(out / "metrics.csv", list(row), [values.values() for values in state["history"]])
         runs.save_checkpoint(last, out / "last.pt")
     shown = "  ".join(f"{name} {row[name]:.4f}" for name in first | {score: 0})
@@ -545,12 +546,7 @@ def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score:
     return state
 
 
-def begin_or_resume(
-    out: Path,
-    parts: dict,
-    setting: dict,
-    fold: int | None = None,
-) -> dict:
+def begin_or_resume(out: Path, parts: dict) -> dict:
     """Return the state of the loop, a new one or, with everything put where last.pt left it, of one that goes on."""
     if process.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -560,8 +556,7 @@ def begin_or_resume(
     if not file.is_file():
         process.combine(trained(parts).state_dict().values(), float(process.rank() == 0))  # all get the first one's
         return START
-    last = runs.load_checkpoint(file, *parts, "state", "setting", "fold")
-    runs.check_setting(file, last, {"setting": setting, "fold": fold})
+    last = runs.load_checkpoint(file, *parts, "state")
     for name, part in parts.items():
         if last[name]:  # only fp16 has a scale, and the precision may change
             part.load_state_dict(last[name])

@@ -52,10 +52,11 @@ def start(args, quiet=False):
         torch.set_num_threads(args.threads)
     if args.device == "auto":
         args.device = devices()[0]
+    kept = 0 if args.plain_memory else 1 << 30
     if args.device == "cpu" and args.amp == "auto":
-        choose_compute("cpu", "off", keep_memory=not args.plain_memory)
+        choose_compute("cpu", "off", keep_memory=kept)
         args.amp = fastest_of_reference(args)
-    compute = choose_compute(args.device, args.amp, keep_memory=not args.plain_memory)
+    compute = choose_compute(args.device, args.amp, keep_memory=kept)
     if not quiet:
         print(f"`python {' '.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])}`: {machine(compute)}\n", flush=True)
     return compute

@@ -10,10 +10,11 @@ targets: each NAME is trained for a few steps on the training images and measure
     core:0.5:1        a third class for the outer 0.5 of a nucleus's depth (as dedl.nucleus_classes); weighs 1
     distance:1        two classes, and the depth in parts of the nucleus's largest: smooth L1, weighs 1; seeds above 0.4
     offset:0.1        two classes, and the way to the nucleus's centre: smooth L1, weighs 0.1; seeds within 3 pixels
-Seeds grow inside the mask as they do in test.py; nuclei below 20 pixels are dropped, in all.
+What a network predicts is decoded in two ways: its seeds (of classes the cores, of two the mask) are the nuclei, grown
+inside the mask; and as test.py does, with these seeds as the cores.
 
 decoders: the predictions of a run's best network by connected parts of the mask, by distance transform and watershed
-(scikit-image), and as test.py decodes them. All without the parts that test.py drops.
+(scikit-image), by cores that are grown, and as test.py decodes them. All without the parts that test.py drops.
 """
 import math
 import statistics
@@ -29,6 +30,7 @@ import data
 import dedl
 import models
 from images import manifests
+from images.labels import connected_parts
 from networks import fast
 from running import nuclei, prediction, runs
 from running.compute import choose_compute
@@ -36,7 +38,6 @@ from running.compute import choose_compute
 NAMES = ["two", "touching:1:5", "touching:2:3", "border:1:2", "border:2:1", "border:2:2", "border:3:1", "core:0.3:1",
          "core:0.4:1", "core:0.5:1", "core:0.6:1", "core:0.7:1", "core:0.5:2", "distance:1", "distance:3", "offset:0.1"]
 TILE, BATCH, RATE = 128, 8, 2e-3
-SMALLEST = 20
 SCORES = ("ap50_mean_image", "ap50", "pq", "count_ratio")
 
 
@@ -70,12 +71,12 @@ def try_targets(args, compute):
         for name in args.names or NAMES:
             found = [train(name, seed, fields, val_fields, args.steps, compute) for seed in range(1, args.seeds + 1)]
             means = {key: statistics.fmean(scores[key] for scores in found) for key in found[0]}
-            cells = [f"{means[key]:.3f}" for key in ("iou", "mean_image_iou", *SCORES)]
+            cells = [f"{means[key]:.3f}" for key in means if key != "seconds"]
             yield [name, *cells, f"{means['seconds']:.0f}"]
 
     print(f"{args.steps} steps of {BATCH} tiles of {TILE}, {args.seeds} seeds, {len(val_fields)} validation images\n")
-    harness.table(["target", "IoU", "mean image IoU", "AP@0.5, mean image", "AP@0.5", "PQ", "count ratio", "seconds"],
-                  rows())
+    both = [f"{score}, {way}" for way in ("grown", "test.py") for score in ("AP@0.5 mean image", "AP@0.5", "count")]
+    harness.table(["target", "IoU", "mean image IoU", *both, "seconds"], rows())
 
 
 def train(name, seed, fields, val_fields, steps, compute):
@@ -110,14 +111,21 @@ def train(name, seed, fields, val_fields, steps, compute):
         optimizer.step()
     seconds = time.perf_counter() - started
     model = fast.for_inference(model)
-    found, counts = [], []
+    usual = nuclei.describe(fields)
+    found, counts = {grown: [], nuclei.separate: []}, []
     for field in val_fields:
         with torch.inference_mode(), compute.autocast():
             output = model(compute.batch(field.window()[None])).float()[0].cpu()
         mask, seeds = mask_and_seeds(kind, output)
-        found.append(nuclei.separate(mask, seeds, SMALLEST))
+        for decode, labels in found.items():
+            labels.append(decode(mask, seeds, usual))
         counts.append(dedl.confusion(mask, field.mask))
-    return {"seconds": seconds, **dedl.segmentation_scores(torch.stack(counts)), **nuclei.scores(found, val_fields)}
+    scores = dedl.segmentation_scores(torch.stack(counts))
+    shown = {"seconds": seconds, "iou": scores["iou"], "mean_image_iou": scores["mean_image_iou"]}
+    for decode, labels in found.items():
+        of_nuclei = nuclei.scores(labels, val_fields)
+        shown |= {f"{key} {decode.__name__}": of_nuclei[key] for key in ("ap50_mean_image", "ap50", "count_ratio")}
+    return shown
 
 
 def loss_of(kind, numbers, logits, truth):
@@ -139,7 +147,7 @@ def loss_of(kind, numbers, logits, truth):
 
 def mask_and_seeds(kind, output):
     if kind not in ("distance", "offset"):
-        return nuclei.mask_and_seeds(output.softmax(0)[1:])
+        return nuclei.mask_and_cores(output.softmax(0)[1:])
     mask = output[1] > output[0]
     return mask, mask & (output[2] > 0.4 if kind == "distance" else (8 * output[2:]).norm(dim=0) < 3)
 
@@ -181,14 +189,15 @@ def try_decoders(args, compute):
     run = Path(args.names[0])
     config = runs.read_config(run)
     fields = fields_of(args.data if args.data != harness.DATA else config["data"], args.split)
-    model = fast.for_inference(runs.load_best(run, models.build_segmenter, compute, config))
+    model = fast.for_inference(runs.load_best(run, models.build_segmenter, compute))
     _, _, probabilities = prediction.evaluate(model, fields, compute)
-    both = [nuclei.mask_and_seeds(own) for own in probabilities]
-    smallest = config["nucleus"]["smallest"]
+    both = [nuclei.mask_and_cores(own) for own in probabilities]
+    usual = config["nucleus"]
     ways = {
-        "connected parts": lambda mask, seeds: nuclei.separate(mask, mask, smallest),
-        "distance transform, watershed": lambda mask, seeds: without_small(watershed(mask), smallest),
-        "seeds, grown": lambda mask, seeds: nuclei.separate(mask, seeds, smallest),
+        "connected parts": lambda mask, cores: without_small(connected_parts(mask), usual),
+        "distance transform, watershed": lambda mask, cores: without_small(watershed(mask), usual),
+        "cores, grown": lambda mask, cores: grown(mask, cores, usual),
+        "test.py": lambda mask, cores: nuclei.separate(mask, cores, usual),
     }
 
     def rows():
@@ -214,8 +223,16 @@ def watershed(mask):
     return torch.from_numpy(segmentation.watershed(-depth, markers, mask=mask.numpy())).int()
 
 
-def without_small(labels, smallest):
-    return torch.where((labels.flatten().bincount() >= smallest)[labels], labels, 0)
+def grown(mask, seeds, usual):
+    """The connected parts of the seeds, grown inside the mask, and the parts of the mask without a seed."""
+    labels = nuclei.grow(connected_parts(seeds), mask)
+    others = mask & (labels == 0)
+    labels[others] = connected_parts(others)[others] + labels.max()
+    return without_small(labels, usual)
+
+
+def without_small(labels, usual):
+    return torch.where((labels.flatten().bincount() >= usual["smallest"])[labels], labels, 0)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main(argv=None):
     print(f"`python benchmarks/seams.py {args.run.name} --side {args.side} --tile {args.tile}`: "
           f"{harness.machine(compute)}\n")
     config = runs.read_config(args.run)
-    model = fast.for_inference(runs.load_best(args.run, models.build_segmenter, compute, config))
+    model = fast.for_inference(runs.load_best(args.run, models.build_segmenter, compute))
     records, _ = manifests.find_records(args.data or config["data"], config["seed"])
     channels = data.stains(reading.channel_names(config["channel"]), tuple(config["channels"]))
     fields = data.read_fields([record for record in records if record.split == "validation"], channels)

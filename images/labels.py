@@ -30,17 +30,18 @@ def connected_parts(labels: torch.Tensor) -> torch.Tensor:
     """
     height, width = labels.shape
     flat = F.pad(labels, (0, 1)).flatten()                            # a column of 0 after each row
-    begins = F.pad(flat[1:] != flat[:-1], (1, 0), value=True)
-    places = begins.nonzero()[:, 0]                                   # of all stretches, those of 0 too
-    lengths = F.pad(places, (0, 1), value=len(flat)).diff()
-    values = flat[places]
+    starts = F.pad(flat[1:] != flat[:-1], (1, 0), value=True).nonzero()[:, 0]  # of all stretches, those of 0 too
+    ends = F.pad(starts[1:], (0, 1), value=len(flat))
+    values = flat[starts]
     inside = values != 0
-    upper, lower = _touching(places[inside], (places + lengths)[inside], width + 1)
+    upper, lower = _touching(starts[inside], ends[inside], width + 1)
     alike = values[inside][upper] == values[inside][lower]
     part = _smallest_connected(inside.sum(), upper[alike], lower[alike])
-    numbers = torch.zeros(len(places), dtype=torch.int32)
+    numbers = torch.zeros(len(starts), dtype=torch.int32)
     numbers[inside] = part.unique(return_inverse=True)[1].int() + 1
-    return numbers.repeat_interleave(lengths).view(height, width + 1)[:, :width]
+    steps = torch.zeros(len(flat), dtype=torch.int32)                 # from each pixel's number to the next one's
+    steps[starts] = F.pad(numbers, (1, 0)).diff()
+    return steps.cumsum_(0).view(height, width + 1)[:, :width]
 
 
 def _touching(starts, ends, width):

@@ -45,12 +45,12 @@ def devices() -> list:
     return [name for name, there in have.items() if there]
 
 
-def choose_compute(device: str = "auto", amp: str = "auto", keep_memory: bool = True) -> Compute:
+def choose_compute(device: str = "auto", amp: str = "auto", keep_memory: int = 1 << 30) -> Compute:
     """Return the Compute for the flags --device and --amp.
 
     auto: the best device; on a GPU bfloat16, float16 on older ones; on a CPU bfloat16 where a convolution is
     faster in it than in float32 by BF16_GAIN.
-    keep_memory: on a CPU, memory that was freed is kept for the next step.
+    keep_memory: on a CPU, freed blocks of up to so many bytes are kept for the next step.
     Raises InputError for a device that is not there, and for float16 on a CPU.
     """
     device = devices()[0] if device == "auto" else device
@@ -60,7 +60,7 @@ def choose_compute(device: str = "auto", amp: str = "auto", keep_memory: bool = 
         if amp == "fp16":
             raise InputError("--amp fp16: takes a CPU many times as long as float32; use bf16, off or auto")
         if keep_memory:
-            _keep_freed_memory()
+            _keep_freed_memory(keep_memory)
         if amp == "auto":
             bf16_pays = process.from_first(lambda: cpu_has_bf16() and bf16_gain() >= BF16_GAIN)
             amp = "bf16" if bf16_pays else "off"
@@ -94,12 +94,12 @@ def bf16_gain() -> float:
     return statistics.median(seconds(False) / seconds(True) for _ in range(11))
 
 
-def _keep_freed_memory():
+def _keep_freed_memory(largest):
     """Tell glibc to keep large freed blocks: else each step's tensors are mapped, zeroed and unmapped page by page.
     Elsewhere (macOS, Windows, musl) nothing changes."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except OSError:
         return
-    mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+    mallopt(-3, largest)        # M_MMAP_THRESHOLD: blocks up to this size come from the heap
     mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the heap's free end stays

@@ -15,30 +15,74 @@ from running import process
 from running.process import InputError
 
 SMALLEST = 0.05  # of the training nuclei's median area; smaller ones are dropped
+REACH = 0.2      # of their median diameter: seeds lie farther apart
+DEEPEST = 10     # times that: depth counts so far
+DEEP = 0.6       # of its depth: a seed has no deeper one within so many pixels
 UNLIKE = 1.5     # times smaller or larger than in training: reported
-UNKNOWN = {"smallest": 0.0, "median_diameter": None, "pixel_size": None}  # of runs of earlier versions
-ROWS = 256       # are measured at a time: sums are in float64
+ROWS = 512       # are looked at at a time, to save memory
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
-def mask_and_seeds(probabilities: torch.Tensor) -> tuple:
+def mask_and_cores(probabilities: torch.Tensor) -> tuple:
     """Return the mask (H, W) in the probabilities (classes - 1, H, W) of all classes but the background, and in it the
-    pixels that are likelier nucleus than border, the cores of nuclei."""
+    pixels that are likelier nucleus than border, the cores of nuclei; of two classes the mask again."""
     mask = probabilities.sum(0) > 0.5
     nucleus, *border = probabilities
     return mask, mask & (nucleus > sum(border))
 
 
-def separate(mask: torch.Tensor, seeds: torch.Tensor, smallest: float = 0.0) -> torch.Tensor:
-    """Return the nuclei (H, W) int32 in a mask: the connected parts of the seeds, grown inside the mask, and the parts
-    of the mask without a seed. Those of less than `smallest` pixels are dropped."""
-    labels = grow(connected_parts(seeds), mask)
-    others = mask & (labels == 0)
-    labels[others] = connected_parts(others)[others] + labels.max()
-    stays = labels.flatten().bincount() >= smallest
+def separate(mask: torch.Tensor, cores: torch.Tensor, usual: dict, scale: float = 1.0) -> torch.Tensor:
+    """Return the nuclei (H, W) int32 in a mask: the connected parts of the seeds, grown inside the cores, then inside
+    the mask, and the parts of the mask without a seed; without small ones.
+
+    usual: the size of nuclei in training, see describe; scale: by which the image was enlarged.
+    """
+    reach = max(1, round(REACH * usual["median_diameter"] / scale))
+    labels = connected_parts(find_seeds(mask, cores, reach))
+    labels = grow(grow(labels, cores), mask)
+    others = connected_parts(mask & (labels == 0))
+    count = labels.max()
+    for rows, more in zip(labels.split(ROWS), others.split(ROWS)):    # in place, to save memory
+        rows += more + count * (more > 0)
+    stays = labels.flatten().bincount() >= usual["smallest"] / scale ** 2
     stays[0] = False
     numbers = (stays.cumsum(0) * stays).int()                         # 1, 2, ... anew
-    return numbers.index_select(0, labels.flatten()).view_as(labels)
+    for rows in labels.split(ROWS):
+        rows.copy_(numbers[rows])
+    return labels
+
+
+def find_seeds(mask: torch.Tensor, cores: torch.Tensor, reach: int) -> torch.Tensor:
+    """Return the pixels (H, W), bool, of the cores that lie deepest within `reach` pixels around them. So that large
+    nuclei have one seed too, it must be within 2 and 4 times as many for the deeper ones.
+
+    Depth is that in the mask and that in the cores together, 0 outside of cores, smoothed by two boxes `reach` wide.
+    """
+    seeds = []
+    most = DEEPEST * reach
+    margin = most + 6 * reach                                         # what the pixels of a band depend on
+    for top in range(0, len(mask), ROWS):
+        start = max(0, top - margin)
+        rows = slice(start, top + ROWS + margin)
+        inside = cores[rows]
+        depth = inside * (dedl.rings(mask[rows], most) + dedl.rings(inside, most))
+        depth = _over_windows(torch.mean, _over_windows(torch.mean, depth, reach // 2), reach // 2)
+        highest = _over_windows(torch.amax, depth, reach)
+        found = inside & (depth == highest)
+        for step in (reach, 2 * reach):                               # from half as far to twice that
+            highest = _over_windows(torch.amax, highest, step, step)
+            found &= (depth == highest) | (DEEP * depth < 2 * step)
+        seeds.append(found[top - start:][:ROWS])
+    return torch.cat(seeds)
+
+
+def _over_windows(reduce, values, reach, step=1):
+    """Return torch.mean or torch.amax of the values (H, W) in a square of `reach` pixels to each side, taking every
+    `step`th one; beyond the border they are 0."""
+    values = F.pad(values, 4 * [reach])
+    for axis in (0, 1):
+        values = reduce(values.unfold(axis, 2 * reach + 1, 1)[..., ::step], -1)
+    return values
 
 
 def grow(labels: torch.Tensor, mask: torch.Tensor, rings: float = math.inf) -> torch.Tensor:
@@ -58,7 +102,7 @@ def grow(labels: torch.Tensor, mask: torch.Tensor, rings: float = math.inf) -> t
         edge = torch.cat(reached).unique()
         free[edge] = False
         rings -= 1
-    return labels[1:-1, 1:-1].contiguous()
+    return labels[1:-1, 1:-1]
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -85,7 +129,7 @@ def unlike_training(measured: dict, usual: dict, scale: float) -> list:
     measure; usual: see describe; scale: by which images were enlarged."""
     wanted = {}
     areas = np.concatenate([columns["Area"] for columns in measured.values()])
-    if len(areas) and usual["median_diameter"]:
+    if len(areas):
         diameter = 2 * math.sqrt(np.median(areas) / math.pi)
         wanted[f"nuclei are {diameter:.0f} pixels wide in median"] = usual["median_diameter"] / diameter
     for image in measured:

@@ -94,23 +94,12 @@ def load_checkpoint(file: Path, *keys: str) -> dict:
     return values
 
 
-def load_best(folder: Path, build: Callable, compute: Compute, config: dict) -> torch.nn.Module:
-    """Return the network in the best.pt of a run or a fold, in eval mode on the device. Raises InputError, also where
-    the checkpoint is not of the run with this config."""
-    file = folder / "best.pt"
-    checkpoint = load_checkpoint(file, "setting", "model")
-    check_setting(file, checkpoint, {"setting": config["setting"], "classes": config.get("classes")})
+def load_best(folder: Path, build: Callable, compute: Compute) -> torch.nn.Module:
+    """Return the network in the best.pt of a run or a fold, in eval mode on the device. Raises InputError."""
+    checkpoint = load_checkpoint(folder / "best.pt", "setting", "model")
     model = build(**checkpoint["setting"])
     model.load_state_dict(checkpoint["model"])
     return model.to(compute.device, memory_format=torch.channels_last).eval()
-
-
-def check_setting(file: Path, checkpoint: dict, expected: dict) -> None:
-    """Raise InputError where a checkpoint has other values than expected: it is of another run."""
-    for name, value in expected.items():
-        found = checkpoint.get(name, value)
-        if found != value:
-            raise InputError(f"{file}: is of another run than the config.json: {name} {found}, not {value}")
 
 
 def fold_folders(run: Path) -> dict:

@@ -63,7 +63,7 @@ def test_targets_of_nuclei(benchmark, tiny):
 def test_decoders_of_nuclei(benchmark, finished):
     pytest.importorskip("skimage")
     status, out, _ = benchmark("nuclei", "decoders", finished[0], "--amp", "off")
-    assert status == 0 and len(re.findall(r"^\| .* \| \d\.\d+ \|.* \d+ \|$", out, re.M)) == 3
+    assert status == 0 and len(re.findall(r"^\| .* \| \d\.\d+ \|.* \d+ \|$", out, re.M)) == 4
 
 
 def test_one_setting_of_scaling(benchmark):

@@ -169,11 +169,12 @@ def test_for_inference_folds_every_decoder(arch, monkeypatch):
 
 
 class Unfoldable(nn.Module):
-    """Of its BatchNorms only bn1 can be folded."""
+    """Of its BatchNorms bn1 and bn2 can be folded; with `reuse` what lies before bn2 is used for something else too."""
     in_channels = 1
 
-    def __init__(self):
+    def __init__(self, reuse):
         super().__init__()
+        self.reuse = reuse
         self.conv1, self.bn1 = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)
         self.conv2, self.bn2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
         self.conv3, self.bn3 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
@@ -182,15 +183,16 @@ class Unfoldable(nn.Module):
     def forward(self, image):
         x = self.bn1(self.conv1(image)).relu()
         y = self.conv2(x)
-        x = y + self.bn2(y)                      # what lies between is used for something else too
+        x = y * self.reuse + self.bn2(y)
         x = self.bn3(self.conv3(self.conv3(x)))  # the convolution is used twice
         return self.conv4(self.bn4(x.relu()))    # there is no convolution before
 
 
 def test_for_inference_keeps_and_names_what_it_cannot_fold():
     torch.manual_seed(0)
-    model = Unfoldable()
-    randomise_batchnorm(model)
-    ready = fast.for_inference(model)
-    assert ready.not_folded == ["bn2", "bn3", "bn4"] and isinstance(ready.bn1, nn.Identity)
-    assert_same_logits(model, ready)
+    for reuse, kept in ((0, ["bn3", "bn4"]), (1, ["bn1", "bn2", "bn3", "bn4"])):
+        model = Unfoldable(reuse)
+        randomise_batchnorm(model)
+        ready = fast.for_inference(model)
+        assert ready.not_folded == kept
+        assert_same_logits(model, ready)

@@ -194,8 +194,8 @@ def test_a_window_is_a_part_of_the_normalised_image(tiny):
 
 def test_an_image_does_not_change_much_where_tiles_fall(run):
     """The network of a run, an image of several tiles against the same image whole."""
-    config, on_cpu = runs.read_config(run), compute.Compute(torch.device("cpu"), "off")
-    model = runs.load_best(run, models.build_segmenter, on_cpu, config)
+    on_cpu = compute.Compute(torch.device("cpu"), "off")
+    model = runs.load_best(run, models.build_segmenter, on_cpu)
     image = np.concatenate([np.concatenate([blobs(np.random.default_rng(i + 3 * j), 50, 50)[0] for i in range(3)])
                             for j in range(3)], 1)[None]
     field = manifests.Field(None, image, ("grey",), reading.find_limits(image))

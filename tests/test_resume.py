@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -207,15 +206,6 @@ def test_going_on_where_the_data_have_moved(tiny, script, tmp_path):
     assert len(metrics(run)) == 2 and runs.read_config(run)["data"] == str(tmp_path / "moved")
 
 
-def test_exchanged_folds_are_noticed(cross_validated, script, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(cross_validated[0], run)
-    for old, new in (("fold0", "x"), ("fold1", "fold0"), ("x", "fold1")):
-        (run / old).rename(run / new)
-    status, _, err = script(train, "--resume", "--out", run, "--epochs", 3)
-    assert status == 2 and "fold0/last.pt: is of another run than the config.json: fold 1, not 0" in err
-
-
 def test_going_on_keeps_precision_and_device(tiny, script, tmp_path):
     run = tmp_path / "run"
     assert script(train, "--data", tiny, *TRAIN, "--amp", "off", "--out", run)[0] == 0
@@ -272,20 +262,6 @@ def test_code_in_a_checkpoint_is_refused_and_never_runs(finished, script, tmp_pa
         status, _, err = script(module, *arguments)
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and ".pt: " in err, err
     assert not sign.exists()
-
-
-def test_a_checkpoint_of_another_setting_is_refused(finished, script, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text((finished[0] / "config.json").read_text())
-    for name in ("best.pt", "last.pt"):
-        checkpoint = torch.load(finished[0] / name)
-        checkpoint["setting"]["arch"] = "unetpp"
-        torch.save(checkpoint, run / name)
-    for module, *arguments in ((test, run), (train, "--resume", "--out", run)):
-        status, _, err = script(module, *arguments)
-        assert status == 2 and err.count("\n") == 1, err
-        assert "is of another run than the config.json: setting {'arch': 'unetpp'" in err
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
