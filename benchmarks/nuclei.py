@@ -1,7 +1,7 @@
 """What separates nuclei that touch: targets to learn, tried in short trainings, and ways to decode one prediction.
 
     python benchmarks/nuclei.py targets [NAME ...] [--data DIR] [--steps 400] [--seeds 1]
-    python benchmarks/nuclei.py decoders RUN [--split validation]
+    python benchmarks/nuclei.py decoders RUN ... [--split validation]
 
 targets: each NAME is trained for a few steps on the training images and measured on the validation images. Names are
     two               background and nucleus; the connected parts are the nuclei
@@ -13,7 +13,7 @@ targets: each NAME is trained for a few steps on the training images and measure
 What a network predicts is decoded in two ways: its seeds (of classes the cores, of two the mask) are the nuclei, grown
 inside the mask; and as test.py does, with these seeds as the cores.
 
-decoders: the predictions of a run's best network by connected parts of the mask, by distance transform and watershed
+decoders: the predictions of runs' best networks by connected parts of the mask, by distance transform and watershed
 (scikit-image), by cores that are grown, and as test.py decodes them. All without the parts that test.py drops.
 """
 import math
@@ -46,7 +46,7 @@ def main(argv=None):
                                              formatter_class=harness.argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("part", choices=["targets", "decoders"])
-    add("names", nargs="*", help="targets, or the folder of a run")
+    add("names", nargs="*", help="targets, or folders of runs")
     add("--data", type=Path, default=harness.DATA, help="data folder [the shared DSB2018]")
     add("--split", choices=manifests.SPLITS, default="validation", help="that decoders is measured on [validation]")
     add("--steps", type=int, default=400, help="[400]")
@@ -186,29 +186,31 @@ def offsets(labels):
 
 # ------------------------------------------------------------------------------------------------------------ decoders
 def try_decoders(args, compute):
-    run = Path(args.names[0])
-    config = runs.read_config(run)
-    fields = fields_of(args.data if args.data != harness.DATA else config["data"], args.split)
-    model = fast.for_inference(runs.load_best(run, models.build_segmenter, compute))
-    _, _, probabilities = prediction.evaluate(model, fields, compute)
-    both = [nuclei.mask_and_cores(own) for own in probabilities]
-    usual = config["nucleus"]
     ways = {
-        "connected parts": lambda mask, cores: without_small(connected_parts(mask), usual),
-        "distance transform, watershed": lambda mask, cores: without_small(watershed(mask), usual),
-        "cores, grown": lambda mask, cores: grown(mask, cores, usual),
-        "test.py": lambda mask, cores: nuclei.separate(mask, cores, usual),
+        "connected parts": lambda mask, cores, usual: without_small(connected_parts(mask), usual),
+        "distance transform, watershed": lambda mask, cores, usual: without_small(watershed(mask), usual),
+        "cores, grown": grown,
+        "test.py": nuclei.separate,
     }
-
-    def rows():
+    found = {name: [] for name in ways}                               # of each run, its scores
+    for run in map(Path, args.names):
+        config = runs.read_config(run)
+        fields = fields_of(args.data if args.data != harness.DATA else config["data"], args.split)
+        model = fast.for_inference(runs.load_best(run, models.build_segmenter, compute))
+        _, _, probabilities = prediction.evaluate(model, fields, compute)
+        both = [nuclei.mask_and_cores(own) for own in probabilities]
         for name, decode in ways.items():
             started = time.perf_counter()
-            found = [decode(*own) for own in both]
-            seconds = time.perf_counter() - started
-            scores = nuclei.scores(found, fields)
-            yield [name, *(f"{scores[key]:.3f}" for key in (*SCORES, "ap")), f"{1000 * seconds / len(fields):.0f}"]
+            labels = [decode(*own, config["nucleus"]) for own in both]
+            milliseconds = 1000 * (time.perf_counter() - started) / len(fields)
+            found[name].append(nuclei.scores(labels, fields) | {"ms": milliseconds})
 
-    print(f"{run.name}, {args.split}: {len(fields)} images\n")
+    def rows():
+        for name, scores in found.items():
+            means = {key: statistics.fmean(own[key] for own in scores) for key in scores[0]}
+            yield [name, *(f"{means[key]:.3f}" for key in (*SCORES, "ap")), f"{means['ms']:.0f}"]
+
+    print(f"{args.split}: {len(fields)} images, means of {len(args.names)} runs\n")
     harness.table(["decoder", "AP@0.5, mean image", "AP@0.5", "PQ", "count ratio", "AP 0.5 to 0.95", "ms an image"],
                   rows())
 
