@@ -2,6 +2,7 @@
 
     python benchmarks/nuclei.py targets [NAME ...] [--data DIR] [--steps 400] [--seeds 1]
     python benchmarks/nuclei.py decoders RUN ... [--split validation]
+    python benchmarks/nuclei.py cost
 
 targets: each NAME is trained for a few steps on the training images and measured on the validation images. Names are
     two               background and nucleus; the connected parts are the nuclei
@@ -15,6 +16,9 @@ inside the mask; and as test.py does, with these seeds as the cores.
 
 decoders: the predictions of runs' best networks by connected parts of the mask, by distance transform and watershed
 (scikit-image), by cores that are grown, and as test.py decodes them. All without the parts that test.py drops.
+
+cost: a training step (U-Net, depth 5, APP conv, optimizers, 4 tiles of 256) and the prediction of the 4 tiles, with
+three classes and with two.
 """
 import math
 import statistics
@@ -45,17 +49,18 @@ def main(argv=None):
     parser = harness.argparse.ArgumentParser(description=__doc__,
                                              formatter_class=harness.argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("part", choices=["targets", "decoders"])
+    add("part", choices=["targets", "decoders", "cost"])
     add("names", nargs="*", help="targets, or folders of runs")
     add("--data", type=Path, default=harness.DATA, help="data folder [the shared DSB2018]")
     add("--split", choices=manifests.SPLITS, default="validation", help="that decoders is measured on [validation]")
     add("--steps", type=int, default=400, help="[400]")
     add("--seeds", type=int, default=1, help="trainings of each target, whose means are shown [1]")
+    add("--rounds", type=int, default=15, help="of cost [15]")
     add("--amp", choices=["auto", "bf16", "off"], default="auto", help="[auto]")
     args = parser.parse_args(argv)
     compute = choose_compute(amp=args.amp)
     print(f"`python {' '.join(harness.sys.argv)}`: {harness.machine(compute)}\n", flush=True)
-    {"targets": try_targets, "decoders": try_decoders}[args.part](args, compute)
+    {"targets": try_targets, "decoders": try_decoders, "cost": show_cost}[args.part](args, compute)
 
 
 def fields_of(folder, split):
@@ -85,8 +90,7 @@ def train(name, seed, fields, val_fields, steps, compute):
     numbers = [float(number) for number in numbers]
     outputs = {"two": 2, "offset": 4}.get(kind, 3)
     torch.manual_seed(seed)
-    model = models.build_segmenter(classes=outputs, depth=5, decoder_channels=models.default_decoder_channels(5))
-    fast.speed_up(model.to(compute.device, memory_format=torch.channels_last))
+    model = network(outputs, compute)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-2, fused=True)
     crops = data.Crops(fields, TILE, seed)
     if kind == "core":
@@ -235,6 +239,43 @@ def grown(mask, seeds, usual):
 
 def without_small(labels, usual):
     return torch.where((labels.flatten().bincount() >= usual["smallest"])[labels], labels, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cost
+def show_cost(args, compute):
+    images = compute.batch(torch.rand(4, 1, 256, 256))
+    training, inference = {}, {}
+    for classes in (2, 3):
+        model = network(classes, compute)
+        app = dedl.build_app("conv", 256, classes).to(compute.device)
+        truth = torch.randint(0, classes, (4, 256, 256), device=compute.device)
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), dedl.app_optimizer(app)]
+        ready = fast.for_inference(model)
+
+        def step(model=model, app=app, truth=truth, optimizers=optimizers):
+            harness.training_step(model, images, truth, compute, app)
+            for optimizer in optimizers:
+                optimizer.step()
+
+        def predict(ready=ready):
+            with torch.inference_mode(), compute.autocast():
+                ready(images).float().softmax(1)
+
+        training[classes] = step
+        inference[classes] = predict
+    rows = []
+    for name, sides in (("training step", training), ("prediction", inference)):
+        seconds = harness.in_turn(sides, args.rounds, compute.device)
+        times = [f"{1000 * statistics.median(seconds[classes]):.0f} ms" for classes in sides]
+        rows.append([name, *times, f"{100 * (harness.ratio(seconds, 3, 2) - 1):+.1f} %"])
+    print(f"medians of {args.rounds} rounds\n")
+    harness.table(["", "two classes", "three", "more"], rows)
+
+
+def network(outputs, compute):
+    """A U-Net of the default's depth, to be trained."""
+    model = models.build_segmenter(classes=outputs, depth=5, decoder_channels=models.default_decoder_channels(5))
+    return fast.speed_up(model.to(compute.device, memory_format=torch.channels_last))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,12 @@ def test_targets_of_nuclei(benchmark, tiny):
     assert status == 0 and all(re.search(rf"^\| {name} \| 0\.\d+ \|", out, re.M) for name in names)
 
 
+@pytest.mark.slow
+def test_cost_of_nuclei(benchmark):
+    status, out, _ = benchmark("nuclei", "cost", "--rounds", 1, "--amp", "off")
+    assert status == 0 and re.search(r"^\| training step \| \d+ ms \| \d+ ms \| [+-]", out, re.M)
+
+
 def test_decoders_of_nuclei(benchmark, finished):
     pytest.importorskip("skimage")
     status, out, _ = benchmark("nuclei", "decoders", finished[0], "--amp", "off")
