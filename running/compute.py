@@ -102,4 +102,4 @@ def _keep_freed_memory(largest):
     except OSError:
         return
     mallopt(-3, largest)        # M_MMAP_THRESHOLD: blocks up to this size come from the heap
-    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the heap's free end stays
+    mallopt(-1, 2 * largest - 1)  # M_TRIM_THRESHOLD: so much of the heap's free end stays

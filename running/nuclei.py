@@ -38,12 +38,12 @@ def separate(mask: torch.Tensor, cores: torch.Tensor, usual: dict, scale: float 
     usual: the size of nuclei in training, see describe; scale: by which the image was enlarged.
     """
     reach = max(1, round(REACH * usual["median_diameter"] / scale))
-    labels = connected_parts(find_seeds(mask, cores, reach))
-    labels = grow(grow(labels, cores), mask)
-    others = connected_parts(mask & (labels == 0))
+    labels = grow(grow(connected_parts(find_seeds(mask, cores, reach)), cores), mask)
     count = labels.max()
-    for rows, more in zip(labels.split(ROWS), others.split(ROWS)):    # in place, to save memory
+    others = connected_parts(mask & (labels == 0))
+    for rows, more in zip(labels.split(ROWS), others.split(ROWS)):    # by parts and in place, to save memory
         rows += more + count * (more > 0)
+    del others, more
     stays = labels.flatten().bincount() >= usual["smallest"] / scale ** 2
     stays[0] = False
     numbers = (stays.cumsum(0) * stays).int()                         # 1, 2, ... anew
@@ -58,9 +58,9 @@ def find_seeds(mask: torch.Tensor, cores: torch.Tensor, reach: int) -> torch.Ten
 
     Depth is that in the mask and that in the cores together, 0 outside of cores, smoothed by two boxes `reach` wide.
     """
-    seeds = []
+    seeds = torch.zeros_like(mask)
     most = DEEPEST * reach
-    margin = most + 6 * reach                                         # what the pixels of a band depend on
+    margin = 2 * most                                                 # more than what the pixels of a band depend on
     for top in range(0, len(mask), ROWS):
         start = max(0, top - margin)
         rows = slice(start, top + ROWS + margin)
@@ -72,8 +72,8 @@ def find_seeds(mask: torch.Tensor, cores: torch.Tensor, reach: int) -> torch.Ten
         for step in (reach, 2 * reach):                               # from half as far to twice that
             highest = _over_windows(torch.amax, highest, step, step)
             found &= (depth == highest) | (DEEP * depth < 2 * step)
-        seeds.append(found[top - start:][:ROWS])
-    return torch.cat(seeds)
+        seeds[top:top + ROWS] = found[top - start:][:ROWS]
+    return seeds
 
 
 def _over_windows(reduce, values, reach, step=1):
