@@ -43,7 +43,7 @@ def main(argv: list | None = None) -> None:
     args.split = args.split or ("validation" if len(folders) > 1 else "test")
     if args.export:
         return export.export_run(folders[0], runs.read_config(folders[0]), args.export)
-    compute = choose_compute(args.device, args.amp, 1 << 28)  # maps of a large image are given back
+    compute = choose_compute(args.device, args.amp, 1 << 27)  # maps of a large image are given back
     print(compute)
     measured = []
     failed = []

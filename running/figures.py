@@ -147,7 +147,7 @@ def mistakes(found, truth):
 
 def colour(labels):
     """Return nuclei (H, W) in colours (H, W, 3) that none has in common with one less than APART pixels away."""
-    wide = nuclei.grow(labels, labels == 0, APART / 2).numpy()
+    wide = nuclei.grow(labels, labels == 0, rings=APART / 2).numpy()
     earlier = defaultdict(set)                                        # of each nucleus, neighbours of lower number
     for one, two in ((wide[1:], wide[:-1]), (wide[:, 1:], wide[:, :-1])):
         meet = one != two

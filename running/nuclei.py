@@ -33,28 +33,24 @@ def mask_and_cores(probabilities: torch.Tensor) -> tuple:
 
 def separate(mask: torch.Tensor, cores: torch.Tensor, usual: dict, scale: float = 1.0) -> torch.Tensor:
     """Return the nuclei (H, W) int32 in a mask: the connected parts of the seeds, grown inside the cores, then inside
-    the mask, and the parts of the mask without a seed; without small ones.
+    the mask; without small ones.
 
     usual: the size of nuclei in training, see describe; scale: by which the image was enlarged.
     """
     reach = max(1, round(REACH * usual["median_diameter"] / scale))
-    labels = grow(grow(connected_parts(find_seeds(mask, cores, reach)), cores), mask)
-    count = labels.max()
-    others = connected_parts(mask & (labels == 0))
-    for rows, more in zip(labels.split(ROWS), others.split(ROWS)):    # by parts and in place, to save memory
-        rows += more + count * (more > 0)
-    del others, more
+    labels = grow(connected_parts(find_seeds(mask, cores, reach)), cores, mask)
     stays = labels.flatten().bincount() >= usual["smallest"] / scale ** 2
     stays[0] = False
     numbers = (stays.cumsum(0) * stays).int()                         # 1, 2, ... anew
-    for rows in labels.split(ROWS):
+    for rows in labels.split(ROWS):                                   # in place, to save memory
         rows.copy_(numbers[rows])
     return labels
 
 
 def find_seeds(mask: torch.Tensor, cores: torch.Tensor, reach: int) -> torch.Tensor:
     """Return the pixels (H, W), bool, of the cores that lie deepest within `reach` pixels around them. So that large
-    nuclei have one seed too, it must be within 2 and 4 times as many for the deeper ones.
+    nuclei have one seed too, it must be within 2 and 4 times as many for the deeper ones. Parts of the mask without
+    such a pixel are seeds as a whole.
 
     Depth is that in the mask and that in the cores together, 0 outside of cores, smoothed by two boxes `reach` wide.
     """
@@ -73,7 +69,7 @@ def find_seeds(mask: torch.Tensor, cores: torch.Tensor, reach: int) -> torch.Ten
             highest = _over_windows(torch.amax, highest, step, step)
             found &= (depth == highest) | (DEEP * depth < 2 * step)
         seeds[top:top + ROWS] = found[top - start:][:ROWS]
-    return seeds
+    return seeds | mask & (grow(seeds.byte(), mask) == 0)
 
 
 def _over_windows(reduce, values, reach, step=1):
@@ -85,23 +81,24 @@ def _over_windows(reduce, values, reach, step=1):
     return values
 
 
-def grow(labels: torch.Tensor, mask: torch.Tensor, rings: float = math.inf) -> torch.Tensor:
-    """Return labels (H, W) that have grown into the mask (H, W), ring by ring of pixels, by up to `rings`. Where two
-    meet, the larger number takes the pixel."""
+def grow(labels: torch.Tensor, *masks: torch.Tensor, rings: float = math.inf) -> torch.Tensor:
+    """Return labels (H, W) that have grown into a mask (H, W), then into the next one, ring by ring of pixels, by up to
+    `rings` in all. Where two meet, a neighbour by a side is preferred to one by a corner."""
     width = labels.shape[1] + 2
-    free = F.pad(mask & (labels == 0), (1, 1, 1, 1)).flatten()
     labels = F.pad(labels, (1, 1, 1, 1))                              # so that all neighbours of a pixel are there
     flat = labels.flatten()
-    edge = flat.nonzero()[:, 0]
-    while len(edge) and rings > 0:
-        reached = []
-        for step in (-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1):
-            start = edge[free[edge + step]]
-            flat.scatter_reduce_(0, start + step, flat[start], "amax")
-            reached.append(start + step)
-        edge = torch.cat(reached).unique()
-        free[edge] = False
-        rings -= 1
+    for mask in masks:
+        free = F.pad(mask, (1, 1, 1, 1)).flatten() & (flat == 0)
+        edge = flat.nonzero()[:, 0]
+        while len(edge) and rings > 0:
+            reached = []
+            for step in (-width, -1, 1, width, -width - 1, -width + 1, width - 1, width + 1):
+                start = edge[free[edge + step]]
+                flat[start + step] = flat[start]
+                free[start + step] = False
+                reached.append(start + step)
+            edge = torch.cat(reached)
+            rings -= 1
     return labels[1:-1, 1:-1]
 
 
@@ -156,7 +153,7 @@ def measure(labels: torch.Tensor, file: Path, ring: int = 0) -> dict:
     }
     if ring:
         outside = labels == 0
-        around = grow(labels, outside, ring) * outside
+        around = grow(labels, outside, rings=ring) * outside
     for name in reading.stain_names(file):
         image, channels = reading.read_image(file, (name,))
         for channel, page in zip(channels, image):

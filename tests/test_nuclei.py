@@ -175,11 +175,14 @@ def test_parts_without_a_seed_stay_and_small_ones_go():
     cores = discs((20, 20, 2), (60, 50, 1)) > 0
     found = nuclei.separate(mask, cores, USUAL)
     assert found.unique().tolist() == [0, 1, 2, 3]
-    assert not nuclei.find_seeds(mask, cores, 4)[:, 50:][:30].any() and found[20, 60]
+    assert nuclei.find_seeds(mask, cores, 4)[:30, 50:].sum() == mask[:30, 50:].sum() > 50
     found = nuclei.separate(mask, cores, USUAL | {"smallest": 6.0})
     assert found.unique().tolist() == [0, 1, 2] and not found[50, 60]
     assert nuclei.separate(mask, cores, USUAL | {"smallest": 6.0}, scale=2.0)[50, 60]  # in these pixels it is 1.5
     assert nuclei.separate(mask & False, mask & False, USUAL).max() == 0
+
+
+SIDES = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -189,11 +192,19 @@ def test_growth_is_ring_by_ring(seed):
     start = rng.integers(0, 60, (19, 23)).astype(np.int32)
     start[start > 5] = 0
     mask = torch.from_numpy(rng.random((19, 23)) < 0.8)
-    expected = torch.from_numpy(start)
+    earlier = torch.from_numpy(start)
     for rings in (1, 2, 3):
-        wider = torch.from_numpy(ndimage.grey_dilation(expected.numpy(), size=(3, 3), mode="constant"))
-        expected = torch.where((expected == 0) & mask, wider, expected)
-        assert torch.equal(nuclei.grow(torch.from_numpy(start), mask, rings), expected)
+        wider = torch.from_numpy(ndimage.grey_dilation(earlier.numpy(), size=(3, 3), mode="constant"))
+        by_sides = torch.from_numpy(ndimage.grey_dilation(earlier.numpy(), footprint=SIDES, mode="constant"))
+        found = nuclei.grow(torch.from_numpy(start), mask, rings=rings)
+        new = (earlier == 0) & mask & (wider > 0)
+        assert torch.equal(found > 0, (earlier > 0) | new) and torch.equal(found[earlier > 0], earlier[earlier > 0])
+        for y, x in new.nonzero().tolist():
+            near = earlier[max(0, y - 1):y + 2, max(0, x - 1):x + 2]
+            if by_sides[y, x]:
+                near = torch.cat([earlier[max(0, y - 1):y + 2, x], earlier[y, max(0, x - 1):x + 2]])
+            assert found[y, x] in near
+        earlier = found
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -319,7 +330,7 @@ def test_means_of_all_stains_of_a_real_component_file(tmp_path):
     centres = np.array(ndimage.center_of_mass(truth > 0, truth, numbers))
     np.testing.assert_allclose(columns["Y_centroid"], centres[:, 0], rtol=1e-9)
     np.testing.assert_allclose(columns["X_centroid"], centres[:, 1], rtol=1e-9)
-    around = nuclei.grow(field.labels, field.labels == 0, 4).numpy() * (truth == 0)
+    around = nuclei.grow(field.labels, field.labels == 0, rings=4).numpy() * (truth == 0)
     for name in stains[::2]:
         page = reading.read_image(file, (name,))[0][0]
         np.testing.assert_allclose(columns[name], ndimage.mean(page, truth, numbers), rtol=1e-6)
@@ -463,7 +474,7 @@ def test_neighbours_have_other_colours():
     circles = [(int(x), int(y), 9) for x, y in rng.uniform(0, 150, (90, 2))]
     truth = discs(*circles, size=(150, 150))
     pixels = figures.colour(truth)
-    wider = nuclei.grow(truth, truth == 0, 1)
+    wider = nuclei.grow(truth, truth == 0, rings=1)
     assert (pixels[truth == 0] == 0).all() and (pixels[truth > 0].max(-1) > 0).all()
     colours = {number: tuple(pixels[truth == number][0]) for number in truth.unique()[1:].tolist()}
     assert all((pixels[truth == number] == colour).all() for number, colour in colours.items())
