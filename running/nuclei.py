@@ -26,12 +26,11 @@ ROWS = 512       # are looked at at a time, to save memory
 def mask_and_cores(probabilities: torch.Tensor) -> tuple:
     """Return the mask (H, W) in the probabilities (classes - 1, H, W) of all classes but the background, and in it the
     pixels that are likelier nucleus than border, the cores of nuclei; of two classes the mask again."""
-    mask = torch.zeros(probabilities.shape[1:], dtype=torch.bool)
-    cores = mask.clone()
-    for part, inside, core in zip(probabilities.split(ROWS, 1), mask.split(ROWS), cores.split(ROWS)):
-        inside.copy_(part.sum(0) > 0.5)
-        core.copy_(inside & (part[0] > part[1:].sum(0)))
-    return mask, cores
+    mask = torch.cat([part.sum(0) > 0.5 for part in probabilities.split(ROWS, 1)])
+    if len(probabilities) == 1:
+        return mask, mask
+    nucleus, border = probabilities
+    return mask, mask & (nucleus > border)
 
 
 def separate(mask: torch.Tensor, cores: torch.Tensor, usual: dict, scale: float = 1.0) -> torch.Tensor:
