@@ -58,10 +58,10 @@ def test_a_segmentation_goes_on_in_two_processes(tiny, script, tmp_path):
     rows = metrics(run)
     last = torch.load(run / "last.pt")
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    model = models.build_segmenter(**last["setting"])
+    config = runs.read_config(run)
+    model = models.build_segmenter(**config["setting"])
     model.load_state_dict(last["model"])
     records = [record for record in manifests.find_records(tiny)[0] if record.split == "validation"]
-    config = runs.read_config(run)
     fields = data.read_fields(records)
     counts, loss, _ = prediction.evaluate(fast.for_inference(model), fields, compute.choose_compute("cpu", "off"),
                                           config["class_weights_used"])
