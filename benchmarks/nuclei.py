@@ -2,6 +2,7 @@
 
     python benchmarks/nuclei.py targets [NAME ...] [--data DIR] [--steps 400] [--seeds 1]
     python benchmarks/nuclei.py decoders RUN ... [--split validation]
+    python benchmarks/nuclei.py empty RUN ...
     python benchmarks/nuclei.py cost
 
 targets: each NAME is trained for a few steps on the training images and measured on the validation images. Names are
@@ -16,6 +17,8 @@ inside the mask; and as test.py does, with these seeds as the cores.
 
 decoders: the predictions of runs' best networks by connected parts of the mask, by distance transform and watershed
 (scikit-image), by cores that are grown, and as test.py decodes them. All without the parts that test.py drops.
+
+empty: how many nuclei runs find in images that hold none, of each kind as many as --images says, 512 pixels a side.
 
 cost: a training step (U-Net, depth 5, APP conv, optimizers, 4 tiles of 256) and the prediction of the 4 tiles, with
 three classes and with two.
@@ -33,7 +36,7 @@ import torch.nn.functional as F
 import data
 import dedl
 import models
-from images import manifests
+from images import manifests, reading
 from images.labels import connected_parts
 from networks import fast
 from running import nuclei, prediction, runs
@@ -49,18 +52,20 @@ def main(argv=None):
     parser = harness.argparse.ArgumentParser(description=__doc__,
                                              formatter_class=harness.argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("part", choices=["targets", "decoders", "cost"])
+    add("part", choices=["targets", "decoders", "empty", "cost"])
     add("names", nargs="*", help="targets, or folders of runs")
     add("--data", type=Path, default=harness.DATA, help="data folder [the shared DSB2018]")
     add("--split", choices=manifests.SPLITS, default="validation", help="that decoders is measured on [validation]")
     add("--steps", type=int, default=400, help="[400]")
     add("--seeds", type=int, default=1, help="trainings of each target, whose means are shown [1]")
+    add("--images", type=int, default=8, help="of each kind, of empty [8]")
     add("--rounds", type=int, default=15, help="of cost [15]")
     add("--amp", choices=["auto", "bf16", "off"], default="auto", help="[auto]")
     args = parser.parse_args(argv)
     compute = choose_compute(amp=args.amp)
     print(f"`python {' '.join(harness.sys.argv)}`: {harness.machine(compute)}\n", flush=True)
-    {"targets": try_targets, "decoders": try_decoders, "cost": show_cost}[args.part](args, compute)
+    parts = {"targets": try_targets, "decoders": try_decoders, "empty": count_in_empty, "cost": show_cost}
+    parts[args.part](args, compute)
 
 
 def fields_of(folder, split):
@@ -239,6 +244,43 @@ def grown(mask, seeds, usual):
 
 def without_small(labels, usual):
     return torch.where((labels.flatten().bincount() >= usual["smallest"])[labels], labels, 0)
+
+
+# --------------------------------------------------------------------------------------------------------------- empty
+def empty_images(rng, side=512):
+    """{kind: an image (side, side) in which there is no nucleus}."""
+    from scipy import ndimage
+    down, right = np.mgrid[:side, :side] / side
+    ramp = 10 + 20 * down + 10 * right ** 2
+    noise = rng.normal(0, 1, (side, side))
+    return {
+        "one value": np.full((side, side), 10.0),
+        "Gaussian noise": 10 + 2 * noise,
+        "counted photons, 5 a pixel": rng.poisson(5, (side, side)),
+        "noise, blurred by 1 pixel": 10 + ndimage.gaussian_filter(noise, 1),
+        "noise, blurred by 3 pixels": 10 + ndimage.gaussian_filter(noise, 3),
+        "gradient": ramp,
+        "gradient and noise": ramp + 2 * noise,
+    }
+
+
+def count_in_empty(args, compute):
+    rng = np.random.default_rng(0)
+    images = [empty_images(rng) for _ in range(args.images)]
+    found = {kind: [] for kind in images[0]}
+    for run in map(Path, args.names):
+        config = runs.read_config(run)
+        model = fast.for_inference(runs.load_best(run, models.build_segmenter, compute))
+        for image in images:
+            for kind, pixels in image.items():
+                own = np.float32(pixels)[None].repeat(config["setting"]["in_channels"], 0)
+                field = manifests.Field(None, own, (), reading.find_limits(own))
+                mask, cores = nuclei.mask_and_cores(prediction.predict(model, field, compute))
+                found[kind].append(nuclei.separate(mask, cores, config["nucleus"]).max().item())
+    print(f"{args.images} images of 512 x 512 pixels of each kind, {len(args.names)} runs\n")
+    harness.table(["image", "nuclei found, mean", "most", "images with none"],
+                  [[kind, f"{statistics.fmean(numbers):.1f}", max(numbers), f"{numbers.count(0)} of {len(numbers)}"]
+                   for kind, numbers in found.items()])
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost

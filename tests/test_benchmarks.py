@@ -72,6 +72,11 @@ def test_decoders_of_nuclei(benchmark, finished):
     assert status == 0 and len(re.findall(r"^\| .* \| \d\.\d+ \|.* \d+ \|$", out, re.M)) == 4
 
 
+def test_nuclei_in_empty_images(benchmark, finished):
+    status, out, _ = benchmark("nuclei", "empty", finished[0], "--images", 1, "--amp", "off")
+    assert status == 0 and len(re.findall(r"^\| .* \| \d+\.\d \| \d+ \| [01] of 1 \|$", out, re.M)) == 7
+
+
 def test_one_setting_of_scaling(benchmark):
     status, out, _ = benchmark("scaling", *SMALL, "--one")
     assert status == 0 and '"memory": ' in out and float(re.search(r'"training": ([\d.]+)', out)[1]) > 0
