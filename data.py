@@ -155,7 +155,7 @@ class Crops(Dataset):
                 image, truth = random_tile(self.fields[i], self.truths[i], self.tile)
             image, truth = self.augment(tv_tensors.Image(image), tv_tensors.Mask(truth))
             image, truth = image.as_subclass(torch.Tensor), truth.as_subclass(torch.Tensor).long()
-            if not self.published and torch.rand(()) < EMPTY:
+            if not self.published and torch.rand(()) < EMPTY and not truth.all():
                 image, truth = emptied(image, truth)
         return image, truth
 
@@ -170,16 +170,15 @@ def random_tile(field: Field, truth: torch.Tensor, tile: int) -> tuple:
 
 
 def emptied(image: torch.Tensor, truth: torch.Tensor) -> tuple:
-    """Return a tile (C, S, S) without nuclei and its truth (S, S): pixels of the tile's background in random order,
-    blurred, and brought to [0, 1] as whole images are. Who never saw such tiles finds nuclei in every empty image,
-    since there the normalisation makes noise as bright as nuclei."""
+    """Return a tile (C, S, S) without nuclei and its truth (S, S): pixels of the tile's background, of which there must
+    be some, in random order, blurred, on uneven light, and brought to [0, 1] as whole images are. Who never saw such
+    tiles finds nuclei in every empty image, since there the normalisation makes noise and light as bright as nuclei."""
     background = image[:, truth == 0]                                                   # (C, pixels)
-    if not background.numel():
-        return image, truth
     noise = background[:, torch.randint(background.shape[1], truth.shape)]              # (C, S, S)
-    sigma = 0.1 + 3 * torch.rand(()).item() ** 2
-    noise = v2.functional.gaussian_blur(noise, 13, [sigma]).numpy()
-    return torch.from_numpy(reading.normalise(noise, reading.find_limits(noise))), torch.zeros_like(truth)
+    noise = v2.GaussianBlur(17, (0.1, 4.0))(noise)
+    light = F.interpolate(torch.randn(1, 1, 3, 3), truth.shape, mode="bicubic", align_corners=True)[0]
+    empty = torch.lerp(noise / (noise.std() + 1e-6), light, torch.rand(())).numpy()
+    return torch.from_numpy(reading.normalise(empty, reading.find_limits(empty))), torch.zeros_like(truth)
 
 
 def mirrored_window(size: int, tile: int, margin: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import torch.nn.functional as F
 from conftest import SHARED, TRAIN, blobs, needs, write_folder, write_pictures
 from PIL import Image
 
@@ -366,11 +367,18 @@ def test_some_tiles_are_made_to_hold_no_nucleus():
     assert 0.3 * data.EMPTY < len(empty) / len(tiles) < 3 * data.EMPTY
     image, truth = torch.rand(2, 40, 40), torch.zeros(40, 40).long()
     image[:, 10:20, 10:20], truth[10:20, 10:20] = 50, 1               # no pixel of a nucleus is taken
-    noise, nothing = data.emptied(image, truth)
-    assert noise.shape == image.shape and noise.dtype == torch.float32 and not nothing.any()
-    assert noise.min() == 0 and noise.max() == 1 and 0.2 < noise.mean() < 0.8
-    whole = torch.ones(40, 40).long()
-    assert data.emptied(image, whole)[1] is whole                     # there is no background to take
+    means, unevenness = [], []
+    torch.manual_seed(0)
+    for _ in range(30):
+        noise, nothing = data.emptied(image, truth)
+        assert noise.shape == image.shape and noise.dtype == torch.float32 and not nothing.any()
+        assert noise.min() == 0 and noise.max() == 1
+        means.append(noise.mean())
+        unevenness.append(F.avg_pool2d(noise, 10).std())
+    assert 0.35 < sum(means) / 30 < 0.65
+    assert min(unevenness) < 0.07 and max(unevenness) > 0.2           # noise alone, and light alone
+    full = data.Crops([field_of(np.zeros((1, 40, 40)), np.ones((40, 40)))], 32, passes=200)
+    assert all(full[index][1].all() for index in range(len(full)))    # there is no background to take
 
 
 def test_crops_do_not_depend_on_workers_and_change_with_the_epoch(tiny):
