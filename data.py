@@ -49,11 +49,7 @@ def tile_augmentation(recipe: str, tile: int) -> v2.Compose:
     """Return what changes a tile's image and truth alike, the truth to the nearest pixels. paper: the notebooks'; zeros
     in the corners. short: tiles come with a margin, from which the corners are filled."""
     if recipe == "paper":
-        return v2.Compose([
-            v2.RandomRotation(PUBLISHED_ROTATION),
-            v2.RandomHorizontalFlip(),
-            v2.RandomVerticalFlip(),
-        ])
+        return v2.Compose([v2.RandomRotation(PUBLISHED_ROTATION), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
     return v2.Compose([
         v2.RandomApply([v2.RandomRotation(ROTATION, v2.InterpolationMode.BILINEAR)], p=0.5),
         v2.CenterCrop(tile),
@@ -86,11 +82,7 @@ IMAGE_AUGMENTATIONS = {
 
 
 # ------------------------------------------------------------------------------------------------ segmentation: tiles
-def read_fields(
-    records: list,
-    channels: tuple = ("DAPI",),
-    what: str = "images",
-) -> list:
+def read_fields(records: list, channels: tuple = ("DAPI",), what: str = "images") -> list:
     """Read the records' images and masks into memory, in their order. Raises InputError, also where images differ in
     their number of channels."""
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
@@ -117,15 +109,8 @@ class Crops(Dataset):
     many passes the indices hold.
     """
 
-    def __init__(
-        self,
-        fields: list,
-        tile: int,
-        seed: int = 0,
-        recipe: str = "short",
-        passes: int = 1,
-        classes: int = 2,
-    ):
+    def __init__(self, fields: list, tile: int, seed: int = 0, recipe: str = "short", passes: int = 1,
+                 classes: int = 2):
         self.fields = fields
         self.truths = [dedl.nucleus_classes(field.labels, classes) for field in fields]
         self.tile = tile
@@ -239,13 +224,7 @@ class AugmentedImages(Dataset):
     """Training images of a Labelled: uint8 (3, S, S), augmented, and their truth (classes,) float32. chosen: the
     indices that an epoch goes through."""
 
-    def __init__(
-        self,
-        labelled: Labelled,
-        chosen: np.ndarray,
-        seed: int,
-        recipe: str,
-    ):
+    def __init__(self, labelled: Labelled, chosen: np.ndarray, seed: int, recipe: str):
         self.labelled = labelled
         self.chosen = chosen
         self.seed = seed
@@ -270,8 +249,8 @@ def make_folds(records: list, count: int, seed: int = 77) -> list:
     """
     groups = manifests.by_patient(records)
     if len(groups) < count:
-        unit = "patients, which are never split" if any(record.patient for record in records) else "images"
-        raise InputError(f"--folds {count}: the training rows are of {len(groups)} {unit}; take at most {len(groups)}")
+        raise InputError(f"--folds {count}: the training rows are of {len(groups)} patients, which are never split, or "
+                         f"images without one; take at most {len(groups)}")
     # what is to be equal: the number of images (None), of each set of labels, of each label
     features = [[None, tuple(sorted(record.labels)), *record.labels] for record in records]
     names = sorted({feature for row in features for feature in row}, key=str)
@@ -307,7 +286,7 @@ def find_images(paths: Iterable) -> list:
         if not files:
             raise InputError(f"--images {path}: names no image file ({', '.join(reading.IMAGES)})")
         found += files
-    return list(dict.fromkeys(found))
+    return found
 
 
 if __name__ == "__main__":

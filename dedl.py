@@ -3,8 +3,8 @@
 Singh & Cirrone 2022, "A Data-Efficient Deep Learning Framework for Segmentation and Classification of Histopathology
 Images", arXiv 2207.06489.
 
-Shapes: N images, C classes (2: background, nucleus), H x W pixels. logits z (N, C, H, W), truth y (N, H, W) of class
-indices, one-hot truth Y (N, C, H, W), class weights w (C,).
+Shapes: N images, C classes (background, nucleus, of 3 also border), H x W pixels. logits z (N, C, H, W), truth y
+(N, H, W) of class indices, one-hot truth Y (N, C, H, W), class weights w (C,).
 
 The loss of a training step is   L = CE_w(z, y) + app_weight * penalty + own   with (penalty, own) from one of the forms
 below. CE_w is the mean over pixels; `--recipe paper` multiplies L by the pixels' summed weight, as published.
@@ -26,7 +26,8 @@ the prediction is from the truth as a *shape*:
     noise counts little; a thousandth of its mean variance is added to each direction's, so that it can be inverted.
   - `own` and CE share no weights, so no factor between them is needed: app_weight is that of the penalty alone.
 
-linear (as published). A row-wise autoencoder A, a stack of Linear layers along the width, gets the logits themselves:
+linear (as published). A row-wise autoencoder A, a stack of Linear layers along the width, gets the logits themselves
+(of 3 classes those of nucleus and border as one, by logsumexp):
     penalty = CE_w(A(z), y)
     own     = 0
   Both networks learn from the sum, from the penalty both by app_weight; A is a post-processor that the saved model
@@ -173,12 +174,7 @@ class LinearAPP(nn.Module):
         return penalty, torch.zeros_like(penalty)
 
 
-def build_app(
-    form: str,
-    width: int,
-    classes: int = 2,
-    activation: str = "gelu",
-) -> nn.Module | None:
+def build_app(form: str, width: int, classes: int = 2, activation: str = "gelu") -> nn.Module | None:
     """Return the APP module of `form` ("conv" or "linear"; None for "none") for training tiles `width` pixels wide."""
     if form == "none":
         return None
@@ -250,7 +246,8 @@ def nucleus_classes(labels: torch.Tensor, classes: int = 3) -> torch.Tensor:
     """Return what a network learns of a label image (H, W): class indices (H, W), uint8.
 
     0 background, 1 nucleus; of 3 classes 2 is a nucleus's border, BORDER of its depth: so the cores of nuclei that
-    touch lie apart, and every nucleus has one. Depth is counted from what is not this nucleus, see rings.
+    touch lie apart, and all have one that are at least 3 pixels wide. Depth is counted from what is not this nucleus,
+    see rings.
     """
     truth = (labels > 0).byte()
     if classes == 2:
@@ -380,11 +377,7 @@ def segmentation_scores(counts: torch.Tensor) -> dict:
     }
 
 
-def classification_scores(
-    predicted: torch.Tensor,
-    truth: torch.Tensor,
-    names: list[str],
-) -> dict:
+def classification_scores(predicted: torch.Tensor, truth: torch.Tensor, names: list[str]) -> dict:
     """Return scores in [0, 1] of multi-label predictions: predicted and truth (images, C), bool; names of C classes.
 
     micro pools the decisions of all classes (the published code's "F1" is recall_micro), macro is the mean over all

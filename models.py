@@ -129,13 +129,7 @@ class Segmenter(nn.Module):
     forward: image (N, in_channels, H, W), H and W from 16 up -> logits (N, classes, H, W)
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        head: nn.Module,
-        in_channels: int,
-    ):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, head: nn.Module, in_channels: int):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -152,15 +146,8 @@ class Segmenter(nn.Module):
         return self.head(x)[..., :height, :width]                               # (N, classes, H, W)
 
 
-def build_segmenter(
-    arch: str = "unet",
-    encoder: str = "resnet18",
-    in_channels: int = 1,
-    classes: int = 2,
-    depth: int = 3,
-    decoder_channels=(256, 128, 64),
-    weights: str = "none",
-) -> Segmenter:
+def build_segmenter(arch: str = "unet", encoder: str = "resnet18", in_channels: int = 1, classes: int = 2,
+                    depth: int = 3, decoder_channels=(256, 128, 64), weights: str = "none") -> Segmenter:
     """Build a network: float image (N, in_channels, H, W) -> logits (N, classes, H, W), any H and W from 16 up.
 
     arch: a name in DECODERS. encoder: any timm model that gives feature maps. depth: how many of them are used, 2 to 5.
@@ -214,12 +201,7 @@ class Classifier(nn.Module):
         return self.network((image - self.mean) / self.std)
 
 
-def build_classifier(
-    model: str,
-    classes: int,
-    image_size: int = 384,
-    weights: str = "none",
-) -> Classifier:
+def build_classifier(model: str, classes: int, image_size: int = 384, weights: str = "none") -> Classifier:
     """Build a classifier of RGB images (N, 3, image_size, image_size), float in [0, 1] or uint8 -> logits (N, classes).
 
     model: any timm classifier. weights: as for build_segmenter; the head is always new.

@@ -79,7 +79,7 @@ def parse_args(argv: list | None) -> Namespace:
     add("--channel", help="pages of multi-page TIFFs, where they are named otherwise than in training [the run's]")
     add("--ring", type=process.number(int, 0, 1000), default=0, metavar="N", help="in nuclei.csv also the means in a "
         "ring of N pixels around each nucleus, as a stand-in for its cell [0: none]")
-    add("--rois", action="store_true", help="write ImageJ's RoiSet.zip too; needs roifile")
+    add("--rois", action="store_true", help="write <stem>_RoiSet.zip for ImageJ too; needs roifile")
     add("--scale", type=process.number(float, 0.05, 20), default=1.0, metavar="S", help="enlarge images by S before "
         "they are predicted, where nuclei or pixels are of another size than in training; what is written has their "
         "own size [1]")
@@ -98,6 +98,8 @@ def parse_args(argv: list | None) -> Namespace:
             parser.error(f"argument --{flag.replace('_', '-')}: takes one run; name one")
     if args.images and args.data:
         parser.error("argument --images: takes the place of a data folder; leave --data out")
+    if not args.images and (args.ring or args.rois and not args.save_masks):
+        parser.error("argument --ring or --rois: is for what --images writes; name images (--rois: or --save-masks)")
     if args.export and (args.images or args.data or args.tta or flags_of_nuclei(args)):
         parser.error("argument --export: writes the network alone; leave --images, --data, --save-..., --channel and "
                      "--tta out")
@@ -109,13 +111,7 @@ def flags_of_nuclei(args: Namespace) -> list:
     return [f"--{name.replace('_', '-')}" for name, default in OF_NUCLEI.items() if getattr(args, name) != default]
 
 
-def test(
-    run: Path,
-    config: dict,
-    compute: Compute,
-    args: Namespace,
-    brief: bool,
-) -> dict | None:
+def test(run: Path, config: dict, compute: Compute, args: Namespace, brief: bool) -> dict | None:
     """Measure a run, or predict new images by it. Return its scores; print them, in one line if `brief`."""
     if config["task"] == "seg":
         if args.images:
@@ -146,13 +142,7 @@ def title(run: Path, folder: Path, args: Namespace) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- segmentation
-def test_segmentation(
-    run: Path,
-    config: dict,
-    compute: Compute,
-    args: Namespace,
-    brief: bool,
-) -> dict:
+def test_segmentation(run: Path, config: dict, compute: Compute, args: Namespace, brief: bool) -> dict:
     """Predict a split by a run's best network; print and write what is found. Return the scores."""
     # 1. the network, the images, where files go
     model = runs.load_best(run, models.build_segmenter, compute)
@@ -182,12 +172,10 @@ def test_segmentation(
     shown = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
     rows = [(f"{name}: IoU {ious[i]:.3f}", fields[i], found[i]) for name, i in shown.items()]
     figures.save_samples(rows, run / f"{args.split}.png")
-    if brief:
-        print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}")
-        return scores
-    print(title(run, folder, args))
-    for name, value in scores.items():
-        print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
+    print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}")
+    if not brief:
+        for name, value in scores.items():
+            print(f"  {name:16} {value:.4f}" if isinstance(value, float) else f"  {name:16} {value}")
     return scores
 
 
@@ -205,14 +193,8 @@ def check_channels(field: manifests.Field, run: Path, config: dict) -> None:
         raise InputError(f"{field.record.image}: has {len(field.image)} channels; {run} was trained on {channels}")
 
 
-def save_nuclei(
-    mask: torch.Tensor,
-    labels: torch.Tensor,
-    view: torch.Tensor,
-    record: Record,
-    name: str,
-    args: Namespace,
-) -> None:
+def save_nuclei(mask: torch.Tensor, labels: torch.Tensor, view: torch.Tensor, record: Record, name: str,
+                args: Namespace) -> None:
     """Write a mask (H, W), the nuclei in it (H, W) and a picture of their outlines, under this name in --save-masks, if
     it is given. view: what figures.overview gave."""
     if not args.save_masks:
@@ -249,16 +231,16 @@ def output_names(records: list, args: Namespace, earlier=()) -> dict:
                              f"another folder")
         inputs.add(folder.resolve())
         folder.mkdir(parents=True, exist_ok=True)
-    paths = {os.path.abspath(record.image): record.image for record in records}
-    stems = Counter(Path(path).stem for path in {*earlier, *paths})
+    images = {*map(Path, earlier), *(record.image for record in records)}
+    stems = Counter(image.stem for image in images)
     names = {}
-    for path, image in paths.items():
-        stem = Path(path).stem
-        names[image] = stem if stems[stem] == 1 else f"{Path(path).parent.name}_{stem}"
+    for image in images:
+        stem = image.stem
+        names[image] = stem if stems[stem] == 1 else f"{image.parent.name}_{stem}"
     for name, number in Counter(names.values()).items():
         if number > 1 and (args.save_masks or args.save_probabilities):
-            raise InputError(f"{number} images would go into {name}.png; give them to two commands, each with a "
-                             f"--save-masks of its own")
+            raise InputError(f"{number} images would go into {name}.png; rename one, or give them to two commands, "
+                             f"each with a --save-masks of its own")
     return names
 
 
@@ -270,9 +252,10 @@ def predict_masks(run: Path, config: dict, compute: Compute, args: Namespace) ->
     records = new_records(args)
     args.save_masks = args.save_masks or run / "predictions"
     table = args.save_masks / "predictions.csv"
+    table_of_nuclei = args.save_masks / "nuclei.csv"
+    prediction.earlier_rows(table_of_nuclei)  # an unreadable one is reported now, not after hours
     names = output_names(records, args, [row["image"] for row in prediction.earlier_rows(table)])
     model = fast.for_inference(runs.load_best(run, models.build_segmenter, compute))
-    usual = config["nucleus"]
     images = {}    # {name: columns of predictions.csv}
     measured = {}  # {name: columns of nuclei.csv}
     unreadable = []
@@ -284,17 +267,17 @@ def predict_masks(run: Path, config: dict, compute: Compute, args: Namespace) ->
             try:
                 field = manifests.read_field(record, channels_of(config, args))
                 check_channels(field, run, config)
+                view = figures.overview(field)
+                probabilities = prediction.predict(model, field, compute, args.tta, args.scale)
+                save_probability(probabilities, name, args)
+                mask, cores = nuclei.mask_and_cores(probabilities)
+                del field, probabilities  # a large image needs the memory
+                labels = nuclei.separate(mask, cores, config["nucleus"], args.scale)
+                measured[record.name] = nuclei.measure(labels, record.image, args.ring)
             except InputError as error:
                 unreadable.append(str(error))
                 continue
-            view = figures.overview(field)
-            probabilities = prediction.predict(model, field, compute, args.tta, args.scale)
-            save_probability(probabilities, name, args)
-            mask, cores = nuclei.mask_and_cores(probabilities)
-            del field, probabilities  # a large image needs the memory
-            labels = nuclei.separate(mask, cores, usual, args.scale)
             save_nuclei(mask, labels, view, record, name, args)
-            measured[record.name] = nuclei.measure(labels, record.image, args.ring)
             images[record.name] = {
                 "height": [mask.shape[0]],
                 "width": [mask.shape[1]],
@@ -305,19 +288,20 @@ def predict_masks(run: Path, config: dict, compute: Compute, args: Namespace) ->
         raise KeyboardInterrupt(f"interrupted; {len(images)} of {len(records)} images are in {table}") from None
     finally:
         if images:
-            prediction.save_rows(args.save_masks / "nuclei.csv", measured)
-            in_all = prediction.save_rows(table, images)
+            prediction.save_rows(table_of_nuclei, measured)
+            prediction.save_rows(table, images)
 
     # 3. what was found
     if images:
-        print(f"{table}: {len(images)} images, their nuclei in nuclei.csv beside it; {in_all} in all")
-        note(nuclei.unlike_training(measured, usual, args.scale))
+        print(f"{table}: {len(images)} images, their nuclei in nuclei.csv beside it")
+        note(nuclei.unlike_training(measured, config["nucleus"], args.scale))
     refuse_unreadable(unreadable, records)
 
 
 def new_records(args: Namespace) -> list:
-    """Return records of the images that --images names, without a truth."""
-    return [Record(path, "test", name=os.path.abspath(path)) for path in data.find_images(args.images)]
+    """Return records of the images that --images names, each once, without a truth."""
+    paths = dict.fromkeys(map(os.path.abspath, data.find_images(args.images)))
+    return [Record(Path(path), "test", name=path) for path in paths]
 
 
 def refuse_unreadable(unreadable: list, records: list) -> None:
@@ -340,13 +324,7 @@ COLUMNS = {  # of the printed table
 }
 
 
-def test_classification(
-    run: Path,
-    config: dict,
-    compute: Compute,
-    args: Namespace,
-    brief: bool,
-) -> dict:
+def test_classification(run: Path, config: dict, compute: Compute, args: Namespace, brief: bool) -> dict:
     """Measure each fold and their ensemble on a split; print and write what is found. Return the ensemble's scores."""
     # 1. probabilities of the folds and of their ensemble
     folder, records = find_split(config, args)
@@ -364,10 +342,7 @@ def test_classification(
     table = torch.tensor([[scores[name] for name in COLUMNS] for scores in folds.values()], dtype=torch.float64)
     at_half = scores_of(ensemble > 0.5)
     commonest = torch.arange(len(classes)) == labelled.truth.sum(0).argmax()
-    guesses = {
-        "commonest label": scores_of(commonest),
-        "all labels": scores_of(torch.ones_like(commonest)),
-    }
+    guesses = {"commonest label": scores_of(commonest), "all labels": scores_of(torch.ones_like(commonest))}
 
     # 3. files: the ensemble's scores stand at the top level, as a segmentation's do
     measured = {
@@ -384,10 +359,9 @@ def test_classification(
     runs.save_json(measured, run / f"{args.split}.json")
     prediction.save_labels(run / f"{args.split}.csv", records, classes, ensemble)
     figures.save_labels(records, ensemble.numpy(), labelled.truth.numpy(), classes, run / f"{args.split}.png")
-    if brief:
-        print(f"{title(run, folder, args)}: micro F1 {at_half['f1_micro']:.4f} of {len(folds)} folds")
-    else:
-        print(f"{title(run, folder, args)}: {len(records)} images, {len(folds)} of {config['folds']} folds")
+    print(f"{title(run, folder, args)}: micro F1 {at_half['f1_micro']:.4f} of {len(records)} images by {len(folds)} of "
+          f"{config['folds']} folds")
+    if not brief:
         print_scores(measured)
     return {**at_half, "folds": len(folds)}
 
@@ -446,8 +420,8 @@ def predict_labels(run: Path, config: dict, compute: Compute, args: Namespace) -
         folds = list(predict_by_folds(run, list(images.values()), compute, args).values())
         ensemble = torch.stack(folds).mean(0)[:, :, None].tolist()
         rows = {name: dict(zip(config["classes"], own)) for name, own in zip(images, ensemble)}
-        in_all = prediction.save_rows(table, rows)
-        print(f"{table}: {len(images)} images, mean probabilities of {len(folds)} folds; {in_all} in all")
+        prediction.save_rows(table, rows)
+        print(f"{table}: {len(images)} images, mean probabilities of {len(folds)} folds")
     refuse_unreadable(unreadable, records)
 
 

@@ -115,11 +115,7 @@ def train_segmentation(args: Namespace, compute: Compute) -> None:
     print(f"done: best {score} {state['best']:.4f}; now: python test.py {out}")
 
 
-def segmentation_losses(
-    app: torch.nn.Module | None,
-    class_weights: torch.Tensor,
-    args: Namespace,
-) -> Callable:
+def segmentation_losses(app: torch.nn.Module | None, class_weights: torch.Tensor, args: Namespace) -> Callable:
     """Return the function of a step's losses: the one that is minimised; cross-entropy and penalty, which are only
     shown. A further term of `loss` is in neither train_loss nor val_loss: these stay the cross-entropy."""
     def losses_of(logits, truth, share):
@@ -135,13 +131,7 @@ def segmentation_losses(
     return losses_of
 
 
-def validate(
-    model: torch.nn.Module,
-    fields: list,
-    class_weights: list,
-    usual: dict,
-    compute: Compute,
-) -> tuple:
+def validate(model: torch.nn.Module, fields: list, class_weights: list, usual: dict, compute: Compute) -> tuple:
     """Return the nuclei found in the fields, label images, and the scores for metrics.csv. usual: see
     nuclei.describe."""
     counts, loss, probabilities = prediction.evaluate(fast.for_inference(model), fields, compute, class_weights)
@@ -213,13 +203,8 @@ def train_classification(args: Namespace, compute: Compute) -> None:
         model = models.build_classifier(**setting, weights="none" if resumes else weights)
         weights = weights if begun else model.weights_used  # not by a try to download in each fold
         parts = make_parts(model, None, args, compute)
-        config = save_config(
-            args, compute, parts, records,
-            setting=setting,
-            weights_used=weights,
-            classes=classes,
-            train_images_used=len(known if args.folds > 1 else folds[0][0]),
-        )
+        config = save_config(args, compute, parts, records, setting=setting, weights_used=weights, classes=classes,
+                             train_images_used=len(known if args.folds > 1 else folds[0][0]))
         train, validation = folds[number]
         counts = labelled.truth[train].sum(0).tolist()
         class_weights = choose_weights(args.class_weights, classes, dedl.PUBLISHED_PHENOTYPE_WEIGHTS,
@@ -228,13 +213,8 @@ def train_classification(args: Namespace, compute: Compute) -> None:
         print(f"{out}, fold {number}: {args.model}, {config['parameters'] / 1e6:.2f} M parameters, {len(train)} "
               f"training and {len(validation)} validation images of {args.image_size}, {compute}; class weights "
               f"{listed}")
-        best = {
-            "setting": setting,
-            "fold": number,
-            "classes": classes,
-            "weights_used": weights,
-            "class_weights": class_weights,
-        }
+        best = {"setting": setting, "fold": number, "classes": classes, "weights_used": weights,
+                "class_weights": class_weights}
         scores.append(train_fold(parts, labelled, train, validation, best, args, compute))
     mean = sum(scores) / len(scores)
     print(f"done: best validation micro-F1 {mean:.4f}, mean of {len(scores)} folds; now: python test.py {out}")
@@ -281,10 +261,7 @@ def train_fold(parts: dict, labelled: data.Labelled, train: np.ndarray, validati
             prediction.save_labels(out / "validation.csv", val_records, labelled.classes, probabilities)
             figures.save_labels(val_records, probabilities.numpy(), val_truth.numpy(), labelled.classes,
                                 out / "samples.png")
-        best |= {
-            "model": network.state_dict(),
-            "validation": {"probabilities": probabilities, "truth": val_truth},
-        }
+        best |= {"model": network.state_dict(), "validation": {"probabilities": probabilities, "truth": val_truth}}
         state = end_epoch(out, state, parts, best, row, "val_f1_micro", started)
     if process.rank() == 0:
         figures.save_curves(state["history"], out / "curves.png")
@@ -369,13 +346,7 @@ def choose_weights(wish: str | list, classes: list, published: dict, automatic: 
     return weights
 
 
-def save_config(
-    args: Namespace,
-    compute: Compute,
-    parts: dict,
-    records: list,
-    **found,
-) -> dict:
+def save_config(args: Namespace, compute: Compute, parts: dict, records: list, **found) -> dict:
     """Write config.json, and the folder for it: the settings and what they led to. Return it."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     rows_of = Counter(record.split for record in records)
@@ -400,12 +371,7 @@ def save_config(
     return config
 
 
-def make_parts(
-    model: torch.nn.Module,
-    app: torch.nn.Module | None,
-    args: Namespace,
-    compute: Compute,
-) -> dict:
+def make_parts(model: torch.nn.Module, app: torch.nn.Module | None, args: Namespace, compute: Compute) -> dict:
     """Return what a training consists of, on the device: all that last.pt keeps."""
     fast.speed_up(model.to(compute.device, memory_format=torch.channels_last))
     adam = torch.optim.Adam if args.recipe == "paper" else torch.optim.AdamW
@@ -483,7 +449,7 @@ def train_epoch(parts: dict, loader: DataLoader, losses_of: Callable, compute: C
         scaler.update()
         if not loss.isfinite():
             raise InputError(f"the loss is not finite in epoch {epoch + 1}, batch {step + 1}; lower --lr or use --amp "
-                             f"off; last.pt keeps the state after the epoch before")
+                             f"off; finished epochs are saved")
         sums = sums + torch.stack(shown).detach() * len(images)
         seen += len(images)
         bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}", refresh=False)

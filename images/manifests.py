@@ -42,13 +42,8 @@ class Record:
     name: str = ""  # of the image, as the manifest or the command line has it
 
 
-def find_records(
-    folder: Path | str,
-    seed: int = 77,
-    problems: list | None = None,
-    task: str = "seg",
-    needs_validation: bool = True,
-) -> tuple[list, list]:
+def find_records(folder: Path | str, seed: int = 77, problems: list | None = None, task: str = "seg",
+                 needs_validation: bool = True) -> tuple[list, list]:
     """Return the records of a data folder, and lines that report how they were found and split.
 
     They come from the task's manifest or, without segmentation.csv, from inForm's file names. Without validation rows,
@@ -208,12 +203,9 @@ def move_rows(records: list, split: str, seed: int) -> str:
 def leaks(records: list) -> list:
     """Return a line for each patient and each image, by its file's bytes, that is in several splits."""
     patients = _across_splits(records, lambda record: record.patient, "of the same patient")
-    images = _across_splits(records, _digest, "the same image")
+    images = _across_splits(records, lambda record: hashlib.sha256(record.image.read_bytes()).digest(),
+                            "the same image")
     return patients + images
-
-
-def _digest(record):
-    return hashlib.sha256(record.image.read_bytes()).digest()
 
 
 def _across_splits(records, key, what):

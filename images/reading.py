@@ -131,11 +131,8 @@ def normalise(image: np.ndarray, limits: tuple) -> np.ndarray:
 
 
 def channel_names(text: str) -> tuple:
-    """Return the names of --channel: "DAPI,CD4" -> ("DAPI", "CD4"). Raises InputError."""
-    names = tuple(filter(None, map(str.strip, text.split(","))))
-    if not names:
-        raise InputError(f"--channel {text!r}: give one or more pages, as in DAPI,CD4")
-    return names
+    """Return the names of --channel: "DAPI,CD4" -> ("DAPI", "CD4")."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding

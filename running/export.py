@@ -71,13 +71,9 @@ def export_run(run: Path, config: dict, file: Path) -> None:
 def segmentation(run, config):
     """Return the network for the exporter, the axes of free size, an example's shape, and a text on input and
     output."""
-    network = AnySize(best(run, models.build_segmenter, config))
+    network = AnySize(best(run, models.build_segmenter))
     channels = config["setting"]["in_channels"]
-    free = {
-        0: Dim("batch", min=1),
-        2: Dim("height", min=16),
-        3: Dim("width", min=16),
-    }
+    free = {0: Dim("batch", min=1), 2: Dim("height", min=16), 3: Dim("width", min=16)}
     text = (
         f"input   image, float32 (N, {channels}, H, W), H and W from 16 up; channels {', '.join(config['channels'])},"
         " each brought to [0, 1] by its percentiles 1 and 99.8 in the whole image\n"
@@ -90,7 +86,7 @@ def segmentation(run, config):
 def classification(run, config):
     """Return the same of a classification, all folds as one network."""
     folders = runs.fold_folders(run).values()
-    network = Ensemble([best(folder, models.build_classifier, config) for folder in folders])
+    network = Ensemble([best(folder, models.build_classifier) for folder in folders])
     size = config["image_size"]
     text = (
         f"input   image, float32 (N, 3, {size}, {size}), RGB in [0, 1]; stretch images to this size,"
@@ -101,7 +97,7 @@ def classification(run, config):
     return network, {0: Dim("batch", min=1)}, (2, 3, size, size), text
 
 
-def best(folder, build, config):
+def best(folder, build):
     """Return the best network of a run or a fold, on the CPU in float32, its BatchNorms folded."""
     model = runs.load_best(folder, build, Compute(torch.device("cpu"), "off"))
     # channels_last weights would make the exporter ask which sizes are 1

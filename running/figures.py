@@ -43,8 +43,8 @@ def save_samples(rows: list, file: Path) -> None:
         cells += [
             (f"{caption}  {field.record.image.stem}\n"
              f"middle of {height} x {width} pixels, {', '.join(field.channels[:3])}", draw(image, zoom)),
-            (f"truth\n{len(truth.unique()) - 1} nuclei", Image.fromarray(colour(truth))),
-            (f"prediction\n{len(found.unique()) - 1} nuclei", Image.fromarray(colour(found))),
+            (f"truth\n{truth.unique().count_nonzero()} nuclei", Image.fromarray(colour(truth))),
+            (f"prediction\n{found.unique().count_nonzero()} nuclei", Image.fromarray(colour(found))),
             (f"outlines: blue truth, orange prediction, white both\nfilled: {len(merged)} found as one (red), "
              f"{len(split)} found in parts (pink)", draw_outlines(draw(image, zoom), found, truth, merged, split)),
         ]

@@ -16,8 +16,8 @@ from running.process import InputError
 
 SMALLEST = 0.05  # of the training nuclei's median area; smaller ones are dropped
 REACH = 0.2      # of their median diameter: seeds lie farther apart
-DEEPEST = 10     # times that: depth counts so far
-DEEP = 0.6       # of its depth: a seed has no deeper one within so many pixels
+DEEPEST = 10     # times REACH; deeper pixels count as if they lay so deep
+DEEP = 0.6       # of a seed's depth; within so many pixels it must be the deepest
 UNLIKE = 1.5     # times smaller or larger than in training: reported
 ROWS = 512       # are looked at at a time, to save memory
 
@@ -50,11 +50,11 @@ def separate(mask: torch.Tensor, cores: torch.Tensor, usual: dict, scale: float 
 
 
 def find_seeds(mask: torch.Tensor, cores: torch.Tensor, reach: int) -> torch.Tensor:
-    """Return the pixels (H, W), bool, of the cores that lie deepest within `reach` pixels around them. So that large
-    nuclei have one seed too, it must be within 2 and 4 times as many for the deeper ones. Parts of the mask without
-    such a pixel are seeds as a whole.
+    """Return the seeds (H, W), bool: pixels of the cores that lie deepest within `reach` pixels around them. The uneven
+    outline of a large nucleus would make several; so those that lie deep (DEEP) must be the deepest within 2 or 4 times
+    as many. Parts of the mask without a seed are seeds as a whole.
 
-    Depth is that in the mask and that in the cores together, 0 outside of cores, smoothed by two boxes `reach` wide.
+    Depth is that in the mask plus that in the cores, 0 outside of cores, smoothed by two boxes `reach` wide.
     """
     seeds = torch.zeros_like(mask)
     most = DEEPEST * reach
@@ -185,6 +185,8 @@ def save_labels(labels: torch.Tensor, file: Path, pixel_size: float | None) -> N
     large = labels.max() > 65535
     values = labels.numpy().astype(np.uint32 if large else np.uint16)
     tag, unit, pixels = ("MICROMETER", "um", 1 / pixel_size) if pixel_size else ("NONE", "pixel", 1)
+    if large and pixel_size:  # plain TIFF knows no micrometres
+        tag, pixels = "CENTIMETER", 1e4 * pixels
     with process.replacing(file) as handle:
         tifffile.imwrite(handle, values, imagej=not large, metadata={"unit": unit}, compression="zlib",
                          resolution=(pixels, pixels), resolutionunit=tag)
@@ -198,7 +200,7 @@ def save_rois(labels: torch.Tensor, file: Path) -> None:
         raise InputError("--rois: needs a package; pip install roifile") from error
     with process.replacing(file) as handle, zipfile.ZipFile(handle, "w", zipfile.ZIP_DEFLATED) as rois:
         for number, corners in outlines(labels).items():
-            rois.writestr(f"{number}.roi", ImagejRoi.frompoints(corners).tobytes())
+            rois.writestr(f"{number}.roi", ImagejRoi.frompoints(corners, name=str(number)).tobytes())
 
 
 def outlines(labels: torch.Tensor) -> dict:

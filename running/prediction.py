@@ -41,15 +41,8 @@ def tiles_along(size: int, tile: int = TILE, overlap: int = OVERLAP) -> list:
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module,
-    field: Field,
-    compute: Compute,
-    tta: bool = False,
-    scale: float = 1.0,
-    tile: int = TILE,
-    overlap: int = OVERLAP,
-) -> torch.Tensor:
+def predict(model: nn.Module, field: Field, compute: Compute, tta: bool = False, scale: float = 1.0, tile: int = TILE,
+            overlap: int = OVERLAP) -> torch.Tensor:
     """Return the probabilities (classes - 1, H, W), float32, of all classes but the background, by a network in eval
     mode. Where tiles overlap they are their weighted means.
 
@@ -74,7 +67,8 @@ def predict(
 
 def enlarged(field: Field, scale: float) -> Field:
     """Return an image, each side `scale` times as long."""
-    image = F.interpolate(field.window()[None], scale_factor=scale, mode="bilinear", antialias=True)
+    size = [max(1, round(scale * side)) for side in field.shape]
+    image = F.interpolate(field.window()[None], size, mode="bilinear", antialias=True)
     return Field(field.record, image[0].numpy(), field.channels, np.float32([0, 1]))
 
 
@@ -90,14 +84,8 @@ def one_way(model: nn.Module, image: torch.Tensor, compute: Compute, way: int) -
     return found.rot90(-(way // 2), (1, 2))
 
 
-def evaluate(
-    model: nn.Module,
-    fields: list,
-    compute: Compute,
-    class_weights: list | None = None,
-    tta: bool = False,
-    scale: float = 1.0,
-) -> tuple:
+def evaluate(model: nn.Module, fields: list, compute: Compute, class_weights: list | None = None, tta: bool = False,
+             scale: float = 1.0) -> tuple:
     """Predict images that have a truth by a network in eval mode. Return pixel counts (images, 4) of their masks, with
     class weights the mean cross-entropy, and for each image the probabilities (classes - 1, H, W)."""
     counts = []
@@ -144,9 +132,9 @@ def save_labels(file: Path, records: list, classes: list, probabilities: torch.T
     process.save_csv(file, ["image", "labels", *classes], rows)
 
 
-def save_rows(file: Path, measured: dict) -> int:
+def save_rows(file: Path, measured: dict) -> None:
     """Write a CSV of {image: {column: values}}, a row a value, after the rows that earlier calls wrote of other images;
-    images need not have the same columns. Return of how many images there are rows."""
+    images need not have the same columns."""
     earlier = [row for row in earlier_rows(file) if row["image"] not in measured]
     header = list(dict.fromkeys(chain(["image"], *earlier[:1], *measured.values())))
     rows = [[row.get(name, "") for name in header] for row in earlier]
@@ -155,7 +143,6 @@ def save_rows(file: Path, measured: dict) -> int:
         cells = [map("{:.10g}".format, columns.get(name, [math.nan] * count)) for name in header[1:]]
         rows += [[image, *row] for row in zip(*cells)]
     process.save_csv(file, header, rows)
-    return len({row[0] for row in rows})
 
 
 def earlier_rows(file: Path) -> list:

@@ -1,4 +1,4 @@
-"""A run's folder: where it lies, its config.json, its checkpoints, and what the code was that made it."""
+"""A run's folder: where it lies, its config.json, its checkpoints."""
 import json
 import os
 from collections.abc import Callable
@@ -58,9 +58,9 @@ def read_config(run: Path) -> dict:
     file = run / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        config["task"]
+        config["task"] == "cls" or config["nucleus"]
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: is not what train.py writes ({one_line(error, 100)})") from error
+        raise InputError(f"{file}: is not what this version of train.py writes ({one_line(error, 100)})") from error
     return config
 
 

@@ -70,7 +70,7 @@ def _add_common(add):
     add("--lr", type=number(float, 1e-12), help=f"largest learning rate {_default('lr')}")
     add("--weight-decay", type=number(float, 0), help=f"of short: decoupled {_default('weight_decay')}")
     add("--patience", type=number(int, 0),
-        help=f"stop after this many epochs without a better validation IoU or F1; 0: never {_default('patience')}")
+        help=f"stop after this many epochs without a better validation score; 0: never {_default('patience')}")
     add("--class-weights", type=class_weights, metavar="auto|equal|published|W0,W1,...",
         help="of the classes in the loss; auto: by their frequency in training; published: the paper's; or numbers: "
              "background,nucleus[,border] for seg, the classes in alphabetical order for cls "

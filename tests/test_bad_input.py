@@ -133,7 +133,7 @@ SEG_FLAGS = [
     ("--seed", "-1", "9" * 14, "x"), ("--workers", "-1", "x"), ("--device", "tpu"), ("--amp", "fp8"),
     ("--limit-train", "0"), ("--arch", "segnet"), ("--encoder", "resnet19", ""), ("--depth", "1", "6"),
     ("--app", "both"), ("--app-activation", "sine"), ("--app-weight", "-1", "nan"), ("--tile", "8", "x"),
-    ("--nuclei", "both"), ("--channel", ","), ("--recipe", "mine"), ("--task", "both"),
+    ("--nuclei", "both"), ("--recipe", "mine"), ("--task", "both"),
     ("--weights", "no.pth", "{tiny}")]
 CLS_FLAGS = [
     ("--model", "resnet81", "resnet18.nonsense"), ("--image-size", "8", "5000"), ("--folds", "0"),
@@ -162,16 +162,16 @@ BAD = [
     ("test", ["{seg}", "--images", "{tiny}/field0.png", "--save-masks", "{tiny}"], None, "holds images or masks"),
     ("test", ["{seg}", "--images", "{tiny}/field0.png", "--save-probabilities", "{seg}/predictions"], None,
      "holds images or masks already"),
-    ("test", ["{seg}", "--images", "{tiny}/field0.png", "--channel", " "], None, "--channel ' ': give one"),
     ("test", ["{cls}", "--channel", "DAPI"], None, "is a classification; it takes no --"),
     ("test", ["{seg}", "{seg}", "--save-masks", "{tmp}/masks"], None, "takes one run"),
+    ("test", ["{seg}", "--ring", "3"], None, "--ring or --rois: is for what --images writes"),
+    ("test", ["{seg}", "--rois"], None, "--ring or --rois: is for what --images writes"),
     ("test", ["{cls}", "--save-masks", "{tmp}/masks"], None, "is a classification; it takes no --"),
     ("test", ["{cls}", "--images", "{coloured}", "--data", "{coloured}"], None, "leave --data out"),
     ("test", ["{cls}", "--images", "{coloured}", "{cls}"], None, "is the folder of a run; name runs before --images"),
     ("test", ["{cls}", "--images", "{tmp}/nothing"], None, "names no image file"),
     ("data", ["check", "{tmp}/nowhere"], None, "no such folder"),
     ("data", ["check", "{tiny}/field0.png"], None, "field0.png: no such folder"),
-    ("data", ["check", "{tiny}", "--channel", " "], None, "--channel ' ': give one or more pages"),
     ("data", ["synthetic", "{tiny}"], None, "segmentation.csv: is there already; give another folder"),
     ("data", ["synthetic", "{tmp}/new", "--seed", "-1"], None, "argument --seed"),
     ("data", ["synthetic", "{tiny}/field0.png/new"], None, "field0.png"),
@@ -221,7 +221,7 @@ BAD = [
     ("seg", [], blank("field0.png", (67, 40), "RGB"), "field1.png: has 1 channels, field0.png has 3"),
     ("test", ["{seg}", "--data", "{tiny}", "--split", "train"], only("test"), "has no images of split train"),
     ("cls", [], rows(lambda found: [row for row in found if row[2] == "test"]), "has no images of split train"),
-    ("cls", [], rows(lambda found: found[:2] + found[-1:]), "--folds 3: the training rows are of 2 images"),
+    ("cls", [], rows(lambda found: found[:2] + found[-1:]), "--folds 3: the training rows are of 2 patients"),
     ("cls", [], rows(lambda found: [[row[0], "", row[2]] for row in found]), "none of the 24 images has a label"),
     ("test", ["{cls}", "--data", "{coloured}"], rows(lambda found: [*found[:-1], [found[-1][0], "violet", "test"]]),
      "picture23.png: its label 'violet' is none of the run's, blue, green, red"),
@@ -264,9 +264,9 @@ BAD = [
      rows(lambda found: [[found[0][0], "green", found[0][2]], *found[1:]]), "are not those that"),
     ("resume", ["--task", "cls", "--out", "{cls}", "--model", "resnet34"], None, "argument --model: "),
     ("resume", ["--task", "cls", "--out", "{cls}", "--image-size", "64"], None, "was started with 32, not 64"),
-    *[(command, place, spoil("seg/config.json", content), "seg/config.json: is not what train.py writes")
+    *[(command, place, spoil("seg/config.json", content), "seg/config.json: is not what this version of train.py")
       for command, place in (("test", ["{seg}"]), ("resume", ["--out", "{seg}"]))
-      for content in (b"", b"{", b"\xff\xfe", b"{}", b"[1]")],
+      for content in (b"", b"{", b"\xff\xfe", b"{}", b"[1]", b'{"task": "seg"}')],
     ("test", ["{seg}"], spoil("seg/config.json", None), "seg/config.json: Is a directory"),
     ("resume", ["--out", "{seg}"], spoil("seg/config.json", lambda text: text.replace(b'"lr": 0.002', b'"lr": "x"')),
      "argument --lr: invalid float"),

@@ -363,7 +363,7 @@ def test_the_synthetic_set_is_the_default(script, monkeypatch):
     assert script(train, *arguments, 0)[0] == script(train, *arguments, 1)[0] == 0  # the second beside the first
     assert len(list(runs.RUNS.iterdir())) == 1
     status, out, _ = script(test)
-    assert status == 0 and "4 images, 2 of 2 folds" in out
+    assert status == 0 and "of 4 images by 2 of 2 folds" in out
 
 
 @needs("bccd")

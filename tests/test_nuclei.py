@@ -353,7 +353,7 @@ def test_rgb_is_three_stains_and_tables_take_other_columns(tmp_path):
     colours = nuclei.measure(truth, tmp_path / "a.png")
     assert [colours[name][0] for name in ("red", "green", "blue")] == [10, 20, 30] and colours["red"][1] == 0
     prediction.save_rows(tmp_path / "t.csv", {"a": colours})
-    assert prediction.save_rows(tmp_path / "t.csv", {"b": nuclei.measure(truth, tmp_path / "b.png")}) == 2
+    prediction.save_rows(tmp_path / "t.csv", {"b": nuclei.measure(truth, tmp_path / "b.png")})
     rows = rows_of(tmp_path / "t.csv")
     assert [row["image"] for row in rows] == ["a", "a", "b", "b"]
     assert rows[0]["red"] == "10" and rows[0]["grey"] == "" and rows[2]["grey"] == "20" and rows[2]["red"] == "nan"
@@ -403,6 +403,8 @@ def test_label_images_open_in_imagej(tmp_path):
     found = tifffile.imread(tmp_path / "b.tif")
     assert found.dtype == np.uint32 and (found == many.numpy()).all()
     assert reading.pixel_size(tmp_path / "b.tif") == pytest.approx(0.5)
+    with tifffile.TiffFile(tmp_path / "b.tif") as tiff:
+        assert tiff.pages[0].resolutionunit == tifffile.RESUNIT.CENTIMETER  # which all programs know
     nuclei.save_labels(many, tmp_path / "b.tif", None)
     nuclei.save_labels(truth, tmp_path / "a.tif", None)
     assert reading.pixel_size(tmp_path / "a.tif") is reading.pixel_size(tmp_path / "b.tif") is None
@@ -413,7 +415,7 @@ def test_rois(finished, script, tmp_path):
     truth = discs((20, 30, 12), (50, 30, 9))
     nuclei.save_rois(truth, tmp_path / "RoiSet.zip")
     rois = roifile.roiread(tmp_path / "RoiSet.zip")
-    assert len(rois) == 2
+    assert [roi.name for roi in rois] == ["1", "2"]
     for number, roi in enumerate(rois, 1):
         drawn = Image.new("L", (80, 60))
         ImageDraw.Draw(drawn).polygon([tuple(point) for point in roi.coordinates()], fill=1)
@@ -466,6 +468,17 @@ def test_scale_resamples_to_and_fro(finished, script, tmp_path):
     wider = prediction.enlarged(field, 2.0)
     assert wider.shape == (2 * field.shape[0], 2 * field.shape[1])
     assert (wider.window().mean() - field.window().mean()).abs() < 0.02
+    assert prediction.enlarged(field, 0.001).shape == (1, 1)
+
+
+def test_scale_moves_nothing(monkeypatch):
+    monkeypatch.setattr(prediction, "one_way", lambda model, image, *_: image)
+    image = np.zeros((1, 40, 199), np.float32)
+    image[..., 180:] = 1                                              # 199 pixels at 0.3 are 59.7
+    field = manifests.Field(None, image, (), np.float32([0, 1]))
+    for scale in (0.3, 0.47, 2.3):
+        found = prediction.predict(None, field, None, scale=scale)[0, 20]
+        assert (found > 0.5).int().argmax().item() in (179, 180, 181), scale
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

@@ -51,7 +51,7 @@ def test_new_images_get_masks_maps_and_a_table(run, tiny, script, tmp_path):
                               tmp_path / "maps")
     assert status == 2 and err.startswith(f"error: --images: 1 of 4 cannot be predicted; {new / 'broken.png'}: "), err
     table = run / "predictions" / "predictions.csv"
-    assert f"{table}: 3 images, their nuclei in nuclei.csv beside it; 3 in all\n" in out
+    assert f"{table}: 3 images, their nuclei in nuclei.csv beside it\n" in out
     rows = {row["image"]: row for row in rows_of(table)}
     assert set(rows) == {str(new / name) for name in ("a.png", "b.tif", "deeper/c.png")}
     for name, field in (("a", "field0"), ("b", "field1"), ("c", "field2")):
@@ -78,6 +78,15 @@ def test_images_that_cannot_be_predicted_do_not_stop_the_others(run, tiny, scrip
     assert script(test, run, "--images", tiny / "field1.png")[::2][1].count("\n") == 1
 
 
+def test_a_page_that_cannot_be_measured_does_not_stop_the_others(run, tiny, script, tmp_path):
+    pages = np.random.default_rng(0).random((2, 40, 50)).astype(np.float32)
+    pages[1, 3, 4] = np.nan                                           # of a stain that the network does not see
+    tifffile.imwrite(tmp_path / "a.tif", pages, imagej=True, metadata={"axes": "CYX", "Labels": ["DAPI", "CD4"]})
+    status, out, err = script(test, run, "--images", tmp_path / "a.tif", tiny / "field0.png")
+    assert status == 2 and f"1 of 2 cannot be predicted; {tmp_path / 'a.tif'}: holds pixels that are NaN" in err
+    assert [row["image"] for row in rows_of(run / "predictions" / "predictions.csv")] == [str(tiny / "field0.png")]
+
+
 def test_images_of_one_stem_get_files_of_their_own(run, tiny, script, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
@@ -86,12 +95,13 @@ def test_images_of_one_stem_get_files_of_their_own(run, tiny, script, tmp_path, 
     assert script(test, run, "--images", tiny / "field0.png")[0] == 0
     first = rows_of(table)
     status, out, _ = script(test, run, "--images", other / "field0.png", tiny / "field1.png")
-    assert status == 0 and "predictions.csv: 2 images, their nuclei in nuclei.csv beside it; 3 in all\n" in out
+    assert status == 0 and "predictions.csv: 2 images, their nuclei in nuclei.csv beside it\n" in out
     assert {path.name for path in found.glob("*.tif")} == {
         "field0_labels.tif", "other_field0_labels.tif", "field1_labels.tif"}
     assert rows_of(table)[0] == first[0] and len(rows_of(table)) == 3
     monkeypatch.chdir(tiny)                                           # the same image by a relative path
-    assert script(test, run, "--images", "field1.png")[0] == 0 and len(rows_of(table)) == 3
+    twice = "field1.png", tiny / "field1.png"
+    assert script(test, run, "--images", *twice)[0] == 0 and len(rows_of(table)) == 3
     both = tmp_path / "both"
     assert script(test, run, "--images", tiny / "field0.png", other / "field0.png", "--save-masks", both)[0] == 0
     assert {path.name for path in both.glob("*.png")} == {
@@ -100,10 +110,16 @@ def test_images_of_one_stem_get_files_of_their_own(run, tiny, script, tmp_path, 
     shutil.copy(other / "field0.png", tmp_path / "deeper" / "other")
     status, _, err = script(test, run, "--images", other, tmp_path / "deeper" / "other", "--save-masks", tmp_path / "x")
     assert status == 2 and "2 images would go into other_field0.png" in err
-    for text in ("picture,height\na.png,3\n", ""):                   # somebody else's
-        (both / "predictions.csv").write_text(text)
-        status, _, err = script(test, run, "--images", tiny / "field0.png", "--save-masks", both)
-        assert status == 2 and "predictions.csv: has no column image" in err
+    files = {path.name: path.read_bytes() for path in found.iterdir()}
+    status, _, err = script(test, run, "--images", tmp_path / "deeper" / "other")  # nor into an earlier one's file
+    assert status == 2 and "2 images would go into other_field0.png" in err
+    assert files == {path.name: path.read_bytes() for path in found.iterdir()}
+    for name in ("nuclei.csv", "predictions.csv"):
+        for text in ("picture,height\na.png,3\n", ""):               # somebody else's
+            (both / name).write_text(text)
+            status, out, err = script(test, run, "--images", tiny / "field0.png", "--save-masks", both)
+            assert status == 2 and f"{name}: has no column image" in err and (both / name).read_text() == text
+        (both / name).unlink()
 
 
 def test_an_interruption_keeps_the_table_of_what_is_done(run, tiny, script, monkeypatch):
