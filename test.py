@@ -235,8 +235,7 @@ def output_names(records: list, args: Namespace, earlier=()) -> dict:
     stems = Counter(image.stem for image in images)
     names = {}
     for image in images:
-        stem = image.stem
-        names[image] = stem if stems[stem] == 1 else f"{image.parent.name}_{stem}"
+        names[image] = image.stem if stems[image.stem] == 1 else f"{image.parent.name}_{image.stem}"
     for name, number in Counter(names.values()).items():
         if number > 1 and (args.save_masks or args.save_probabilities):
             raise InputError(f"{number} images would go into {name}.png; rename one, or give them to two commands, "
@@ -273,11 +272,12 @@ def predict_masks(run: Path, config: dict, compute: Compute, args: Namespace) ->
                 mask, cores = nuclei.mask_and_cores(probabilities)
                 del field, probabilities  # a large image needs the memory
                 labels = nuclei.separate(mask, cores, config["nucleus"], args.scale)
-                measured[record.name] = nuclei.measure(labels, record.image, args.ring)
+                columns = nuclei.measure(labels, record.image, args.ring)
             except InputError as error:
                 unreadable.append(str(error))
                 continue
             save_nuclei(mask, labels, view, record, name, args)
+            measured[record.name] = columns
             images[record.name] = {
                 "height": [mask.shape[0]],
                 "width": [mask.shape[1]],

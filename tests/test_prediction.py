@@ -138,6 +138,21 @@ def test_an_interruption_keeps_the_table_of_what_is_done(run, tiny, script, monk
     assert len(rows_of(table)) == len(list((run / "predictions").glob("*_labels.tif"))) == 2
 
 
+def test_an_image_whose_files_are_not_written_gets_no_rows(run, tiny, script, monkeypatch):
+    whole = test.save_nuclei
+
+    def save(mask, labels, view, record, name, args):
+        if name == "field1":
+            raise KeyboardInterrupt
+        whole(mask, labels, view, record, name, args)
+
+    monkeypatch.setattr(test, "save_nuclei", save)
+    monkeypatch.setattr(prediction, "one_way", lambda model, image, *_: image.expand(2, -1, -1) / 2)
+    assert script(test, run, "--images", tiny / "field0.png", tiny / "field1.png")[0] == 130
+    for name in ("predictions.csv", "nuclei.csv"):
+        assert {row["image"] for row in rows_of(run / "predictions" / name)} == {str(tiny / "field0.png")}, name
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_connected_parts_are_those_of_scipy(seed):
     ndimage = pytest.importorskip("scipy.ndimage")
