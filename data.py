@@ -26,7 +26,6 @@ from torchvision.transforms import v2
 
 import dedl
 from images import folders, manifests, reading
-from images.manifests import Field, Record
 from running import process
 from running.process import InputError, progress
 
@@ -37,7 +36,7 @@ PUBLISHED_ROTATION = 3        # degrees, of the authors' notebooks
 
 # ------------------------------------------------------------------------------------------------------- augmentation
 @contextmanager
-def seeded(*numbers: int):
+def seeded(*numbers):
     """Let torch draw from a state that these numbers give, and restore its own afterwards: an image is changed alike
     with any number of loader processes, and after a resume."""
     with torch.random.fork_rng(devices=[]):
@@ -45,7 +44,7 @@ def seeded(*numbers: int):
         yield
 
 
-def tile_augmentation(recipe: str, tile: int) -> v2.Compose:
+def tile_augmentation(recipe, tile):
     """Return what changes a tile's image and truth alike, the truth to the nearest pixels. paper: the notebooks'; zeros
     in the corners. short: tiles come with a margin, from which the corners are filled."""
     if recipe == "paper":
@@ -96,23 +95,26 @@ def read_fields(records: list, channels: tuple = ("DAPI",), what: str = "images"
     return fields
 
 
-def stains(asked: tuple, found: tuple) -> tuple:
-    """Return the names to look for in further images, of `asked` pages that were named `found`. A page that was asked
-    for by its number goes by its name from then on, if it has one."""
+def stains(config: dict) -> tuple:
+    """Return the names of a run's stains, by which they are found in further images. A page that --channel named by its
+    number goes by its name from then on, if it has one."""
+    asked = reading.channel_names(config["channel"])
+    found = tuple(config["channels"])
     return asked if found in (reading.GREY, reading.COLOURED) else found
 
 
 class Crops(Dataset):
     """Tiles of the training images, augmented: image (C, tile, tile) float32, truth (tile, tile) int64.
 
-    A pass draws from each image as many random tiles as cover its area; published: the tiles of a grid. passes: how
-    many passes the indices hold.
+    A pass draws from each image as many random tiles as cover its annotated area; published: the tiles of a grid. Every
+    tile holds annotated pixels. passes: how many passes the indices hold.
     """
 
     def __init__(self, fields: list, tile: int, seed: int = 0, recipe: str = "short", passes: int = 1,
                  classes: int = 2):
         self.fields = fields
-        self.truths = [dedl.nucleus_classes(field.labels, classes) for field in fields]
+        self.truths = [dedl.nucleus_classes(field.labels, classes).masked_fill(~field.known, dedl.IGNORED)
+                       for field in fields]
         self.tile = tile
         self.seed = seed
         self.epoch = 0
@@ -123,9 +125,10 @@ class Crops(Dataset):
         for i, field in enumerate(fields):
             height, width = field.shape
             if self.published:
-                corners = [(top, left) for top in range(0, height, tile) for left in range(0, width, tile)]
+                corners = [(top, left) for top in range(0, height, tile) for left in range(0, width, tile)
+                           if field.known[top:top + tile, left:left + tile].any()]
             else:
-                corners = [(None, None)] * math.ceil(height * width / tile ** 2)
+                corners = [(None, None)] * math.ceil(field.known.sum() / tile ** 2)
             self.places += [(i, top, left) for top, left in corners]
 
     def __len__(self):
@@ -133,28 +136,33 @@ class Crops(Dataset):
 
     def __getitem__(self, index):
         i, top, left = self.places[index % len(self.places)]
+        truth = torch.tensor(dedl.IGNORED)
         with seeded(self.seed, self.epoch, index):
-            if self.published:
-                image, truth = padded_tile(self.fields[i], self.truths[i], top, left, self.tile)
-            else:
-                image, truth = random_tile(self.fields[i], self.truths[i], self.tile)
-            image, truth = self.augment(tv_tensors.Image(image), tv_tensors.Mask(truth))
-            image, truth = image.as_subclass(torch.Tensor), truth.as_subclass(torch.Tensor).long()
+            while (truth == dedl.IGNORED).all():
+                if self.published:
+                    image, truth = padded_tile(self.fields[i], self.truths[i], top, left, self.tile)
+                else:
+                    image, truth = random_tile(self.fields[i], self.truths[i], self.tile)
+                image, truth = self.augment(tv_tensors.Image(image), tv_tensors.Mask(truth))
+                image, truth = image.as_subclass(torch.Tensor), truth.as_subclass(torch.Tensor).long()
             if not self.published and torch.rand(()) < EMPTY and not truth.all():
                 image, truth = emptied(image, truth)
         return image, truth
 
 
-def random_tile(field: Field, truth: torch.Tensor, tile: int) -> tuple:
+def random_tile(field, truth, tile):
     """Return a random tile of image (C, S, S) float32 and truth (S, S) uint8, with the margin that a rotation needs: S
-    is tile * (cos + sin) of the largest angle. Beyond the border the image is mirrored."""
+    is tile * (cos + sin) of the largest angle. Beyond the border the image is mirrored. Some of it is annotated."""
     angle = math.radians(ROTATION)
     margin = math.ceil(tile * (math.cos(angle) + math.sin(angle) - 1) / 2)
-    rows, columns = (mirrored_window(size, tile, margin) for size in field.shape)
-    return field.window(rows, columns), truth[rows[:, None], columns]
+    part = torch.tensor(dedl.IGNORED)
+    while (part == dedl.IGNORED).all():
+        rows, columns = (mirrored_window(size, tile, margin) for size in field.shape)
+        part = truth[rows[:, None], columns]
+    return field.window(rows, columns), part
 
 
-def emptied(image: torch.Tensor, truth: torch.Tensor) -> tuple:
+def emptied(image, truth):
     """Return a tile (C, S, S) without nuclei and its truth (S, S): pixels of the tile's background, of which there must
     be some, in random order, blurred, on uneven light, and brought to [0, 1] as whole images are. Who never saw such
     tiles finds nuclei in every empty image, since there the normalisation makes noise and light as bright as nuclei."""
@@ -166,7 +174,7 @@ def emptied(image: torch.Tensor, truth: torch.Tensor) -> tuple:
     return torch.from_numpy(reading.normalise(empty, reading.find_limits(empty))), torch.zeros_like(truth)
 
 
-def mirrored_window(size: int, tile: int, margin: int) -> torch.Tensor:
+def mirrored_window(size, tile, margin):
     """Return the indices of a random tile and its margins along an axis of `size` pixels, back and forth beyond it."""
     low, high = sorted((0, size - tile))
     start = int(torch.randint(low, high + 1, ()))
@@ -176,7 +184,7 @@ def mirrored_window(size: int, tile: int, margin: int) -> torch.Tensor:
     return torch.minimum(index, period - index).clamp(max=size - 1)
 
 
-def padded_tile(field: Field, truth: torch.Tensor, top: int, left: int, tile: int) -> tuple:
+def padded_tile(field, truth, top, left, tile):
     """Return the tile at (top, left), as the authors' notebooks cut it: zeros beyond the border."""
     rows = slice(top, top + tile)
     columns = slice(left, left + tile)
@@ -196,10 +204,10 @@ class Labelled:
     images: torch.Tensor
 
 
-def read_square(record: Record, size: int, interpolation: str) -> torch.Tensor:
-    """Return the record's image, uint8 (3, size, size), stretched to a square, as in the paper, so that nothing is cut
+def square(rgb: np.ndarray, size: int, interpolation: str) -> torch.Tensor:
+    """Return an image, uint8 (3, H, W), stretched to a square (3, size, size), as in the paper, so that nothing is cut
     off. interpolation: "bicubic", "bilinear" or "nearest"."""
-    image = torch.from_numpy(reading.read_rgb(record.image))
+    image = torch.from_numpy(rgb)
     return v2.functional.resize(image, [size, size], v2.InterpolationMode(interpolation), antialias=True)
 
 
@@ -214,7 +222,7 @@ def read_labelled(records: list, classes: list, size: int, interpolation: str = 
     truth = torch.tensor([[name in record.labels for name in classes] for record in records], dtype=torch.bool)
     images = torch.empty(len(records), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
-        read = pool.map(lambda record: read_square(record, size, interpolation), records)
+        read = pool.map(lambda record: square(reading.read_rgb(record.image), size, interpolation), records)
         for place, image in zip(images, progress(read, f"reading {what}", total=len(records))):
             place.copy_(image)
     return Labelled(records, classes, truth, images)
@@ -273,16 +281,16 @@ def make_folds(records: list, count: int, seed: int = 77) -> list:
 # --------------------------------------------------------------------------------------------------------- new images
 def find_images(paths: Iterable) -> list:
     """Return the image files that paths name: files, folders and patterns like "a/*.tif", of which all images are
-    taken, but not the masks beside inForm's. Raises InputError for a path that names none."""
+    taken, but not masks beside them. Raises InputError for a path that names none."""
     found = []
     for path in paths:
-        if Path(path).is_file():
-            found.append(Path(path))
+        path = Path(path)
+        if path.is_file():
+            found.append(path)
             continue
-        folder = Path(path)
-        files = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+        files = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
         files = [file for file in sorted(files) if file.is_file() and file.suffix.lower() in reading.IMAGES
-                 and not file.name.endswith(manifests.INFORM_MASKS)]
+                 and not file.stem.endswith(tuple(manifests.ENDINGS))]
         if not files:
             raise InputError(f"--images {path}: names no image file ({', '.join(reading.IMAGES)})")
         found += files

@@ -4,10 +4,10 @@ Singh & Cirrone 2022, "A Data-Efficient Deep Learning Framework for Segmentation
 Images", arXiv 2207.06489.
 
 Shapes: N images, C classes (background, nucleus, of 3 also border), H x W pixels. logits z (N, C, H, W), truth y
-(N, H, W) of class indices, one-hot truth Y (N, C, H, W), class weights w (C,).
+(N, H, W) of class indices, IGNORED where nobody annotated, one-hot truth Y (N, C, H, W), class weights w (C,).
 
 The loss of a training step is   L = CE_w(z, y) + app_weight * penalty + own   with (penalty, own) from one of the forms
-below. CE_w is the mean over pixels; `--recipe paper` multiplies L by the pixels' summed weight, as published.
+below. CE_w is the mean over annotated pixels; `--recipe paper` multiplies L by the pixels' summed weight, as published.
 
 conv (this project's form). A convolutional autoencoder D(E(.)) learns what masks look like; its encoder E says how far
 the prediction is from the truth as a *shape*:
@@ -41,11 +41,12 @@ Classification has several labels an image: logits z (N, C), truth y (N, C) of 0
 FocalLoss, below.
 """
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 BORDER = 0.5  # of a nucleus's depth, see nucleus_classes
+IGNORED = 255  # in a truth: pixels that nobody annotated, which neither losses nor scores see
 # notebooks of the paper; 14.79 % of the private set's pixels are nucleus
 PUBLISHED_CLASS_WEIGHTS = {"background": 0.1479, "nucleus": 0.8521}
 PUBLISHED_PHENOTYPE_WEIGHTS = {
@@ -132,15 +133,18 @@ class ConvAPP(nn.Module):
 
     def forward(self, logits, truth, class_weights=None):
         classes = torch.arange(logits.shape[1], device=truth.device)[:, None, None]
-        one_hot = (truth[:, None] == classes).float()                                  # (N, C, H, W)
+        ignored = truth[:, None] == IGNORED                                            # (N, 1, H, W)
+        # ignored pixels count as background in the truth, and as that in the prediction too
+        one_hot = (truth[:, None].masked_fill(ignored, 0) == classes).float()          # (N, C, H, W)
         embedding = self.autoencoder.encode(one_hot)                                   # (N, K, H/8, W/8)
         reconstruction = self.autoencoder.decode(embedding, truth.shape[-2:])          # (N, C, H, W)
-        own = F.cross_entropy(reconstruction.float(), truth)
+        own = F.cross_entropy(reconstruction.float(), truth, ignore_index=IGNORED)
         target = embedding.detach().float()
         # In this call E's weights are constants, also in the backward pass that comes after they learn again: the
         # gradient passes through E to the logits.
         self.autoencoder.requires_grad_(False)
-        apart = self.autoencoder.encode(logits.softmax(1)).float() - target            # (N, K, H/8, W/8)
+        predicted = torch.where(ignored, one_hot, logits.softmax(1))                   # (N, C, H, W)
+        apart = self.autoencoder.encode(predicted).float() - target                    # (N, K, H/8, W/8)
         self.autoencoder.requires_grad_(True)
         apart = apart.movedim(1, -1)                                                   # (N, H/8, W/8, K)
         with torch.autocast(logits.device.type, enabled=False):
@@ -170,7 +174,8 @@ class LinearAPP(nn.Module):
     def forward(self, logits, truth, class_weights=None):
         logits = torch.stack([logits[:, 0], logits[:, 1:].logsumexp(1)], 1)             # (N, 2, H, width)
         weights = None if class_weights is None else class_weights[:2]
-        penalty = F.cross_entropy(self.autoencoder(logits).float(), truth.clamp(max=1), weights)
+        truth = truth.clamp(max=1).masked_fill(truth == IGNORED, IGNORED)
+        penalty = F.cross_entropy(self.autoencoder(logits).float(), truth, weights, ignore_index=IGNORED)
         return penalty, torch.zeros_like(penalty)
 
 
@@ -242,7 +247,7 @@ def balanced_class_weights(nucleus_fraction: float) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------------------------------- nuclei
-def nucleus_classes(labels: torch.Tensor, classes: int = 3) -> torch.Tensor:
+def nucleus_classes(labels: Tensor, classes: int = 3) -> Tensor:
     """Return what a network learns of a label image (H, W): class indices (H, W), uint8.
 
     0 background, 1 nucleus; of 3 classes 2 is a nucleus's border, BORDER of its depth: so the cores of nuclei that
@@ -259,7 +264,7 @@ def nucleus_classes(labels: torch.Tensor, classes: int = 3) -> torch.Tensor:
     return truth + truth * (depth <= border)
 
 
-def rings(inside: torch.Tensor, most: int, square: bool = False) -> torch.Tensor:
+def rings(inside: Tensor, most: int, square: bool = False) -> Tensor:
     """Return how deep each pixel of a mask (H, W) lies in it, float32, in rings of pixels: 1 at its border, up to
     `most`, 0 outside. What lies beyond the image is not known and makes no border.
 
@@ -278,14 +283,14 @@ def rings(inside: torch.Tensor, most: int, square: bool = False) -> torch.Tensor
     return depth
 
 
-def outline(labels: torch.Tensor) -> torch.Tensor:
+def outline(labels: Tensor) -> Tensor:
     """Return the pixels (H, W), bool, of nuclei that touch what is not this nucleus, also by a corner."""
     numbers = labels[None].float()                                                      # whole up to 16 million
     unlike = F.max_pool2d(numbers, 3, 1, 1) != -F.max_pool2d(-numbers, 3, 1, 1)
     return unlike[0] & (labels > 0)
 
 
-def overlaps(found: torch.Tensor, truth: torch.Tensor) -> tuple:
+def overlaps(found: Tensor, truth: Tensor) -> tuple:
     """Return the pairs of nuclei in two label images (H, W) that share pixels: numbers in `found` (M,) and in `truth`
     (M,), shared pixels (M,); and the pixels of each number in `found` and in `truth`."""
     areas = found.flatten().bincount()
@@ -297,9 +302,22 @@ def overlaps(found: torch.Tensor, truth: torch.Tensor) -> tuple:
     return pairs // len(true_areas), pairs % len(true_areas), shared, areas, true_areas
 
 
-def match_nuclei(found: torch.Tensor, truth: torch.Tensor) -> tuple:
+def annotated(labels: Tensor, known: Tensor) -> Tensor:
+    """Return a label image (H, W) without the pixels that are not known (H, W), and without the nuclei of which more
+    than half is not."""
+    inside = labels[known].bincount(minlength=int(labels.max()) + 1)
+    beyond = labels[~known].bincount(minlength=len(inside))
+    return labels * (known & (inside >= beyond)[labels])
+
+
+def match_nuclei(found: Tensor, truth: Tensor, known: Tensor | None = None) -> tuple:
     """Return the IoUs (M,) of at least 0.5 between the nuclei of two label images (H, W), float64, and how many nuclei
-    each has. Above 0.5 a nucleus has one partner at most, so that no assignment needs to be solved."""
+    each has. Above 0.5 a nucleus has one partner at most, so that no assignment needs to be solved.
+
+    known: pixels (H, W), bool, that count, see annotated."""
+    if known is not None:
+        found = annotated(found, known)
+        truth = annotated(truth, known)
     numbers, true_numbers, shared, areas, true_areas = overlaps(found, truth)
     ious = shared.double() / (areas[numbers] + true_areas[true_numbers] - shared)
     return ious[ious >= 0.5], areas[1:].count_nonzero().item(), true_areas[1:].count_nonzero().item()
@@ -339,7 +357,7 @@ def nucleus_scores(matched: list) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
-def confusion(predicted: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+def confusion(predicted: Tensor, truth: Tensor) -> Tensor:
     """Return pixel counts (tp, fp, fn, tn), int64 (4,), of a predicted and a true mask (H, W), bool."""
     tp = (predicted & truth).sum()
     fp = predicted.sum() - tp
@@ -354,7 +372,7 @@ def image_iou(counts) -> float:
     return float(tp / wanted) if wanted else 1.0
 
 
-def segmentation_scores(counts: torch.Tensor) -> dict:
+def segmentation_scores(counts: Tensor) -> dict:
     """Return scores in [0, 1] of the nucleus class from a table of pixel counts (images, 4): tp, fp, fn, tn.
 
     All but mean_image_iou pool the pixels of all images, as the paper does. mean_image_iou is the mean of the images'
@@ -377,7 +395,7 @@ def segmentation_scores(counts: torch.Tensor) -> dict:
     }
 
 
-def classification_scores(predicted: torch.Tensor, truth: torch.Tensor, names: list[str]) -> dict:
+def classification_scores(predicted: Tensor, truth: Tensor, names: list[str]) -> dict:
     """Return scores in [0, 1] of multi-label predictions: predicted and truth (images, C), bool; names of C classes.
 
     micro pools the decisions of all classes (the published code's "F1" is recall_micro), macro is the mean over all

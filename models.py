@@ -213,6 +213,25 @@ def build_classifier(model: str, classes: int, image_size: int = 384, weights: s
     return classifier
 
 
+class Ensemble(nn.Module):
+    """Networks as one: image -> logits (N, classes, ...), whose probabilities are the mean of theirs.
+
+    one_class: a place has one class, so probabilities are a softmax, not sigmoids.
+    """
+
+    def __init__(self, networks, one_class: bool = False):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.one_class = one_class
+
+    def forward(self, image):
+        logits = torch.stack([network(image).float() for network in self.networks])  # (networks, N, classes, ...)
+        if self.one_class:
+            return logits.log_softmax(2).logsumexp(0)
+        # logit(mean p) = log(sum p) - log(sum (1 - p)), where float32 cannot round p to 1
+        return F.logsigmoid(logits).logsumexp(0) - F.logsigmoid(-logits).logsumexp(0)
+
+
 # ------------------------------------------------------------------------------------------------------------ load_smp
 SMP_NAMES = {
     "encoder.model.": "encoder.",

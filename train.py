@@ -12,9 +12,9 @@ import math
 import os
 import platform
 import time
-from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +30,15 @@ import models
 from images import manifests, reading
 from networks import encoders, fast
 from running import figures, nuclei, prediction, process, runs
-from running.compute import Compute, choose_compute
+from running.compute import choose_compute
 from running.process import InputError, note, progress
 from running.settings import digest, how_to_go_on, parse_args, refuse_other_data, refuse_other_settings
 
 SWA_SHARE, SWA_RATE = 0.25, 0.25  # --swa averages over the last quarter of the epochs, at a quarter of the largest rate
 LESS_MEMORY = "lower --batch-size, then --tile or --image-size; or take a smaller --encoder or --model, --depth 5, " \
               "or --amp bf16"
-# of the loop; stale: epochs since the best one, history: the rows of metrics.csv. The learning rate, the batches, the
-# augmentation and what else is drawn follow from epoch and seed: nothing else needs to be kept to go on.
+# of the loop; stale: epochs since the best one, history: the rows of metrics.csv, later: folds to come. The learning
+# rate, the batches, the augmentation and what else is drawn follow from epoch and seed: that is all to go on with.
 START = {"epoch": 0, "best": -1.0, "best_loss": math.inf, "stale": 0, "history": []}
 
 
@@ -59,22 +59,14 @@ def main(argv: list | None = None) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- segmentation
-def train_segmentation(args: Namespace, compute: Compute) -> None:
-    # 1. the run's folder, the images
-    begun = find_run(args, f"seg-{args.data.name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}")
-    out = args.out
-    records, lines = manifests.find_records(args.data, args.seed)
-    refuse_other_data(args, records, begun)
-    print(*lines, sep="\n")
-    note(manifests.leaks(records))
-    fields, val_fields, classes = load_splits(records, args)
-    class_weights = segmentation_weights(args.class_weights, fields, classes)
-    tiles = data.Crops(fields, args.tile, args.seed, args.recipe, classes=classes)
-    tiles_an_epoch = args.steps * args.batch_size or len(tiles)
-    tiles.passes = math.ceil(tiles_an_epoch / len(tiles))
-
-    # 2. the network, APP, where the run stands
-    torch.manual_seed(args.seed)
+def train_segmentation(args, compute):
+    name = f"seg-{args.data.name}-{args.arch}-{args.encoder}-app_{args.app}-seed{args.seed}"
+    records, found = find_run(args, name)
+    known, folds = choose_folds(records, args)
+    fields = data.read_fields(known, reading.channel_names(args.channel), "training and validation images")
+    note(manifests.inverted_masks(fields))
+    training = [field for field in fields if field.record.split == "train"]
+    classes = choose_classes(args.nuclei, training)
     setting = {
         "arch": args.arch,
         "encoder": args.encoder,
@@ -83,79 +75,65 @@ def train_segmentation(args: Namespace, compute: Compute) -> None:
         "depth": args.depth,
         "decoder_channels": list(models.default_decoder_channels(args.depth)),
     }
-    resumes = (out / "last.pt").is_file()  # not if a run was interrupted in its first epoch
-    model = models.build_segmenter(**setting, weights="none" if resumes else args.weights)
-    app = dedl.build_app(args.app, args.tile, classes, args.app_activation)
-    parts = make_parts(model, app, args, compute)
-    state = begin_or_resume(out, parts)
-    weights_used = begun["weights_used"] if resumes else model.weights_used
-    config = save_config(args, compute, parts, records, setting=setting, weights_used=weights_used,
-                         class_weights_used=class_weights, channels=fields[0].channels,
-                         train_images_used=len(fields), nucleus=nuclei.describe(fields))
-    print(f"{out}: {args.arch}/{args.encoder}, {config['parameters'] / 1e6:.2f} M parameters, APP {args.app}, "
-          f"{classes} classes, {len(fields)} training and {len(val_fields)} validation images, {tiles_an_epoch} tiles "
-          f"of {args.tile} an epoch, {compute}")
-
-    # 3. the loop
-    losses_of = segmentation_losses(app, torch.tensor(class_weights, device=compute.device), args)
+    usual = nuclei.describe(training)
+    found |= {"setting": setting, "channels": fields[0].channels, "train_images_used": len(training), "nucleus": usual}
     score = "val_ap50_mean_image" if classes == 3 else "val_iou"  # which the best epoch is chosen by
-    while unfinished(state, args):
-        started = time.perf_counter()
-        loader = make_loader(tiles, tiles_an_epoch, args, compute, state)
-        train_loss, penalty = train_epoch(parts, loader, losses_of, compute, state, args)
-        found, scores = validate(model, val_fields, class_weights, config["nucleus"], compute)
-        if process.rank() == 0:
-            shown = [("validation", field, labels) for field, labels in zip(val_fields, found)]
-            figures.save_samples(figures.evenly(shown, most=4), out / "samples.png")
-        row = {"train_loss": train_loss, **scores, "app_penalty": penalty}
-        best = {"setting": setting, "model": model.state_dict()}  # with or without APP it is the same
-        state = end_epoch(out, state, parts, best, row, score, started)
-    if process.rank() == 0:
-        figures.save_curves(state["history"], out / "curves.png")
-    print(f"done: best {score} {state['best']:.4f}; now: python test.py {out}")
+
+    # 2. fold by fold; without a cross-validation there is one
+    best = []
+    for number, (train, validation) in folds.items():
+        own = [fields[i] for i in train]
+        val_fields = [fields[i] for i in validation]
+        class_weights = segmentation_weights(args.class_weights, own, classes)
+        tiles = data.Crops(own, args.tile, args.seed, args.recipe, classes=classes)
+        tiles_an_epoch = args.steps * args.batch_size or len(tiles)
+        tiles.passes = math.ceil(tiles_an_epoch / len(tiles))
+        found |= {"fold": number, "class_weights_used": class_weights}
+        losses = partial(segmentation_losses, torch.tensor(class_weights, device=compute.device), args)
+        validate = partial(validate_fields, val_fields, class_weights, usual, compute)
+        text = (f"{args.arch}/{args.encoder}, APP {args.app}, {classes} classes, {len(own)} training and "
+                f"{len(val_fields)} validation images, {tiles_an_epoch} tiles of {args.tile} an epoch")
+        best.append(train_fold(models.build_segmenter, found, tiles, tiles_an_epoch, losses, validate, score, text,
+                               records, args, compute))
+    print_end(args, best, score)
 
 
-def segmentation_losses(app: torch.nn.Module | None, class_weights: torch.Tensor, args: Namespace) -> Callable:
-    """Return the function of a step's losses: the one that is minimised; cross-entropy and penalty, which are only
-    shown. A further term of `loss` is in neither train_loss nor val_loss: these stay the cross-entropy."""
+def segmentation_losses(class_weights, args):
+    """Return APP's module, None without it, and a function that gives a step's losses: first the one to minimise, then
+    cross-entropy and penalty, which are only shown. A further term of `loss` is in neither train_loss nor val_loss:
+    these stay the cross-entropy."""
+    app = dedl.build_app(args.app, args.tile, len(class_weights), args.app_activation)
+
     def losses_of(logits, truth, share):
-        cross_entropy = F.cross_entropy(logits, truth, class_weights)
+        cross_entropy = F.cross_entropy(logits, truth, class_weights, ignore_index=dedl.IGNORED)
         penalty = own = torch.zeros_like(cross_entropy)
         if app:
             penalty, own = app(logits, truth, class_weights)
         loss = cross_entropy + args.app_weight * penalty + own
         # so far means over pixels; paper: the sum, since to a mean Adam's weight decay would be a million times larger
         if args.recipe == "paper":
-            loss = loss * class_weights[truth].sum() / share  # gradients are weighted by their process's share
+            total = class_weights[truth[truth != dedl.IGNORED]].sum()
+            loss = loss * total / share  # gradients are weighted by their process's share
         return loss, cross_entropy, penalty
-    return losses_of
+    return app, losses_of
 
 
-def validate(model: torch.nn.Module, fields: list, class_weights: list, usual: dict, compute: Compute) -> tuple:
-    """Return the nuclei found in the fields, label images, and the scores for metrics.csv. usual: see
-    nuclei.describe."""
-    counts, loss, probabilities = prediction.evaluate(fast.for_inference(model), fields, compute, class_weights)
-    found = [nuclei.separate(*nuclei.mask_and_cores(own), usual) for own in probabilities]
-    scores = dedl.segmentation_scores(counts) | nuclei.scores(found, fields)
-    shown = ("iou", "mean_image_iou", "ap50", "ap50_mean_image")
-    return found, {"val_loss": loss} | {f"val_{name}": scores[name] for name in shown}
+def validate_fields(fields, class_weights, usual, compute, model, out):
+    """Measure a network on the fields. Return the scores for metrics.csv, what a cross-validation needs of them to be
+    measured as a whole, and a function that draws samples.png in `out`. usual: see nuclei.describe."""
+    measured = prediction.measure(fast.for_inference(model), fields, usual, compute, class_weights)
+    shown = [("validation", field, labels) for field, labels in zip(fields, measured.found)]
+    draw = partial(figures.save_samples, figures.evenly(shown, most=4), out / "samples.png")
+    names = ("iou", "mean_image_iou", "ap50", "ap50_mean_image")
+    scores = measured.scores
+    row = {"val_loss": measured.loss} | {f"val_{name}": scores[name] for name in names}
+    return row, {"counts": measured.counts, "matched": measured.matched}, draw
 
 
-def load_splits(records: list, args: Namespace) -> tuple:
-    """Return the training and the validation images, and how many classes are learnt of them. Raises InputError where
-    there are none."""
-    train, validation = train_and_validation(records, args)
-    channels = reading.channel_names(args.channel)
-    fields = data.read_fields(train + validation, channels, "training and validation images")
-    note(manifests.inverted_masks(fields))
-    classes = choose_classes(args.nuclei, fields[:len(train)])
-    return fields[:len(train)], fields[len(train):], classes
-
-
-def choose_classes(wish: str, fields: list) -> int:
+def choose_classes(wish, fields):
     """Return how many classes the value of --nuclei takes: 2, or 3 to separate nuclei that touch. Print what is unusual
     in the masks. Raises InputError where they are empty."""
-    if not any(field.labels.any() for field in fields):
+    if not any((field.mask & field.known).any() for field in fields):
         raise InputError(f"--data: none of the {len(fields)} training masks holds a nucleus; check them")
     binary = [field for field in fields if not field.labelled and field.labels.max() > 1]
     if wish == "mask" or wish == "auto" and len(binary) >= sum(field.labelled for field in fields):
@@ -166,10 +144,10 @@ def choose_classes(wish: str, fields: list) -> int:
     return 3
 
 
-def segmentation_weights(wish: str | list, fields: list, classes: int) -> list:
+def segmentation_weights(wish, fields, classes):
     """Return a weight a class for the value of --class-weights; where it has none for the border, the nucleus's."""
-    inside = sum(field.mask.sum().item() for field in fields)
-    share = inside / sum(field.mask.numel() for field in fields)
+    inside = sum((field.mask & field.known).sum().item() for field in fields)
+    share = inside / sum(field.known.sum().item() for field in fields)
     if len(wish) == classes:  # numbers
         return wish
     published = dedl.PUBLISHED_CLASS_WEIGHTS
@@ -178,123 +156,77 @@ def segmentation_weights(wish: str | list, fields: list, classes: int) -> list:
 
 
 # ------------------------------------------------------------------------------------------------------- classification
-def train_classification(args: Namespace, compute: Compute) -> None:
+def train_classification(args, compute):
     # 1. the run's folder, the images
-    begun = find_run(args, f"cls-{args.data.name}-{args.model}-seed{args.seed}", args.fold)
-    out = args.out
-    if begun and not args.resume:  # one more fold of a run that is there
-        refuse_other_settings(args, begun)
-    records, lines = manifests.find_records(args.data, args.seed, task="cls", needs_validation=args.folds == 1)
-    print(*lines, sep="\n")
-    note(manifests.leaks(records))
-    refuse_other_data(args, records, begun)
+    records, found = find_run(args, f"cls-{args.data.name}-{args.model}-seed{args.seed}")
     classes = manifests.class_names(records)
-    known, folds = choose_folds(records, classes, args)
-    interpolation = encoders.interpolation(args.model)
-    labelled = data.read_labelled(known, classes, args.image_size, interpolation, "training images")
-
-    # 2. fold by fold
-    setting = {"model": args.model, "classes": len(classes), "image_size": args.image_size}
-    weights = begun["weights_used"] if begun else args.weights
-    scores = []
-    for number in range(args.folds) if args.fold is None else [args.fold]:
-        torch.manual_seed(args.seed * 1000 + number)
-        resumes = (out / f"fold{number}" / "last.pt").is_file()
-        model = models.build_classifier(**setting, weights="none" if resumes else weights)
-        weights = weights if begun else model.weights_used  # not by a try to download in each fold
-        parts = make_parts(model, None, args, compute)
-        config = save_config(args, compute, parts, records, setting=setting, weights_used=weights, classes=classes,
-                             train_images_used=len(known if args.folds > 1 else folds[0][0]))
-        train, validation = folds[number]
-        counts = labelled.truth[train].sum(0).tolist()
-        class_weights = choose_weights(args.class_weights, classes, dedl.PUBLISHED_PHENOTYPE_WEIGHTS,
-                                       dedl.inverse_frequency_weights(counts))
-        listed = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(classes, class_weights))
-        print(f"{out}, fold {number}: {args.model}, {config['parameters'] / 1e6:.2f} M parameters, {len(train)} "
-              f"training and {len(validation)} validation images of {args.image_size}, {compute}; class weights "
-              f"{listed}")
-        best = {"setting": setting, "fold": number, "classes": classes, "weights_used": weights,
-                "class_weights": class_weights}
-        scores.append(train_fold(parts, labelled, train, validation, best, args, compute))
-    mean = sum(scores) / len(scores)
-    print(f"done: best validation micro-F1 {mean:.4f}, mean of {len(scores)} folds; now: python test.py {out}")
-
-
-def train_fold(parts: dict, labelled: data.Labelled, train: np.ndarray, validation: np.ndarray, best: dict,
-               args: Namespace, compute: Compute) -> float:
-    """Train one fold. train, validation: its indices in `labelled`; best: what best.pt holds beside the network. Return
-    its best validation micro-F1."""
-    # 1. where the fold stands
-    out = args.out / f"fold{best['fold']}"
-    state = begin_or_resume(out, parts)
-    focal = dedl.FocalLoss(gamma=args.gamma, class_weights=best["class_weights"]).to(compute.device)
-    images = data.AugmentedImages(labelled, train, args.seed, args.recipe)
-    val_records = [labelled.records[i] for i in validation]
-    val_truth = labelled.truth[validation]
-
-    def losses_of(logits, truth, share):
-        loss = focal(logits, truth)
-        return loss, loss
-
-    # 2. the loop
-    while unfinished(state, args):
-        started = time.perf_counter()
-        loader = make_loader(images, len(images), args, compute, state)
-        train_loss, = train_epoch(parts, loader, losses_of, compute, state, args)
-        network = parts["model"]
-        if averages(state["epoch"], args):  # from here on the average is what is validated and kept
-            if not averages(state["epoch"] - 1, args):  # the first of them
-                parts["average"].n_averaged.zero_()
-                state = state | {"best": START["best"]}
-            network = update_average(parts, loader, compute)
-        logits = prediction.classify(network, labelled.images, compute, validation)
-        probabilities = logits.sigmoid()
-        scores = dedl.classification_scores(probabilities > 0.5, val_truth, labelled.classes)
-        row = {
-            "train_loss": train_loss,
-            "val_loss": focal(logits.to(compute.device), val_truth.to(compute.device).float()).item(),
-            "val_f1_micro": scores["f1_micro"],
-            "val_f1_macro": scores["f1_macro"],
-        }
-        # before best.pt: what an interruption in between leaves out is made again
-        if process.rank() == 0 and is_better(state, row, "val_f1_micro"):
-            prediction.save_labels(out / "validation.csv", val_records, labelled.classes, probabilities)
-            figures.save_labels(val_records, probabilities.numpy(), val_truth.numpy(), labelled.classes,
-                                out / "samples.png")
-        best |= {"model": network.state_dict(), "validation": {"probabilities": probabilities, "truth": val_truth}}
-        state = end_epoch(out, state, parts, best, row, "val_f1_micro", started)
-    if process.rank() == 0:
-        figures.save_curves(state["history"], out / "curves.png")
-    return state["best"]
-
-
-def choose_folds(records: list, classes: list, args: Namespace) -> tuple:
-    """Return the records that training sees, and for each fold the indices among them that train and that validate.
-
-    Without a cross-validation (--folds 1) the only fold validates on the validation rows; else these rows are left for
-    test.py --split validation. Prints what stands out. Raises InputError where no image has a label.
-    """
-    train, validation = train_and_validation(records, args, needs_validation=args.folds == 1)
     if not classes:
         raise InputError(f"--data: none of the {len(records)} images has a label; there is nothing to tell apart")
-    learnt = manifests.class_names(train)
+    known, folds = choose_folds(records, args)
+    training = [record for record in known if record.split == "train"]
+    learnt = manifests.class_names(training)
     note([f"class {name} has no training image: it cannot be learnt and counts as missed"
           for name in classes if name not in learnt])
     note([f"{record.image}: has no label; it counts as of none of the classes"
-          for record in train if not record.labels])
-    everyone = np.arange(len(train))
-    if args.folds == 1:
-        return train + validation, [(everyone, len(train) + np.arange(len(validation)))]
-    folds = data.make_folds(train, args.folds, args.seed)
-    return train, [(np.setdiff1d(everyone, fold), np.array(fold)) for fold in folds]
+          for record in training if not record.labels])
+    interpolation = encoders.interpolation(args.model)
+    labelled = data.read_labelled(known, classes, args.image_size, interpolation, "training images")
+    setting = {"model": args.model, "classes": len(classes), "image_size": args.image_size}
+    found |= {"setting": setting, "classes": classes, "train_images_used": len(training)}
+
+    # 2. fold by fold
+    best = []
+    for number, (train, validation) in folds.items():
+        counts = labelled.truth[train].sum(0).tolist()
+        class_weights = choose_weights(args.class_weights, classes, dedl.PUBLISHED_PHENOTYPE_WEIGHTS,
+                                       dedl.inverse_frequency_weights(counts))
+        found |= {"fold": number, "class_weights_used": class_weights}
+        focal = dedl.FocalLoss(gamma=args.gamma, class_weights=class_weights).to(compute.device)
+        images = data.AugmentedImages(labelled, train, args.seed, args.recipe)
+        validate = partial(validate_images, labelled, validation, focal, compute)
+        listed = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(classes, class_weights))
+        text = (f"{args.model}, {len(train)} training and {len(validation)} validation images of {args.image_size}, "
+                f"class weights {listed}")
+        best.append(train_fold(models.build_classifier, found, images, len(images),
+                               partial(classification_losses, focal), validate, "val_f1_micro", text, records, args,
+                               compute))
+    print_end(args, best, "val_f1_micro")
 
 
-def averages(epoch: int, args: Namespace) -> bool:
+def classification_losses(focal):
+    """Return the same as segmentation_losses. The loss that is minimised is the one that is shown."""
+    def losses_of(logits, truth, share):
+        loss = focal(logits, truth)
+        return loss, loss
+    return None, losses_of
+
+
+def validate_images(labelled, indices, focal, compute, model, out):
+    """Measure a network on the images of these indices. Return the same as validate_fields; what is drawn goes
+    together with a table, validation.csv."""
+    logits = prediction.classify(model, labelled.images[indices], compute)
+    truth = labelled.truth[indices]
+    probabilities = logits.sigmoid()
+    scores = dedl.classification_scores(probabilities > 0.5, truth, labelled.classes)
+    row = {
+        "val_loss": focal(logits.to(compute.device), truth.to(compute.device).float()).item(),
+        "val_f1_micro": scores["f1_micro"],
+        "val_f1_macro": scores["f1_macro"],
+    }
+
+    def save():
+        records = [labelled.records[i] for i in indices]
+        prediction.save_labels(out / "validation.csv", records, labelled.classes, probabilities)
+        figures.save_labels(records, probabilities.numpy(), truth.numpy(), labelled.classes, out / "samples.png")
+    return row, {"probabilities": probabilities, "truth": truth}, save
+
+
+def averages(epoch, args):
     """Return whether --swa averages the weights after the epoch that begins at `epoch`, counted from 0."""
     return args.task == "cls" and args.swa and epoch >= args.epochs - max(1, round(SWA_SHARE * args.epochs))
 
 
-def update_average(parts: dict, loader: DataLoader, compute: Compute) -> torch.nn.Module:
+def update_average(parts, loader, compute):
     """Take the weights into the average, and its BatchNorms' statistics anew. Return the averaged network."""
     average = parts["average"]
     average.update_parameters(parts["model"])
@@ -305,35 +237,103 @@ def update_average(parts: dict, loader: DataLoader, compute: Compute) -> torch.n
 
 
 # --------------------------------------------------------------------------------------------- shared by both trainings
-def find_run(args: Namespace, name: str, fold: int | None = None) -> dict | None:
-    """Set args.out where it is not given. Return the config.json of a run that goes on, or gets one more fold."""
+def find_run(args, name):
+    """Set args.out where it is not given. Return the records of the data folder, and what is found so far of the run's
+    settings: the first weights. Raises InputError where a run that goes on, or gets one more fold, was another's."""
     def find():
-        out = args.out if args.resume else runs.new_run(args.out, name, fold)
+        out = args.out if args.resume else runs.new_run(args.out, name, args.fold)
         there = args.resume or (out / "config.json").is_file()
         return out, runs.read_config(out) if there else None
 
     args.out, begun = process.from_first(find)
-    return begun
+    if begun and not args.resume:
+        refuse_other_settings(args, begun)
+    records, lines = manifests.find_records(args.data, args.seed, task=args.task, needs_validation=args.folds == 1)
+    refuse_other_data(args, records, begun)
+    print(*lines, sep="\n")
+    note(manifests.leaks(records))
+    return records, {"weights_used": begun["weights_used"] if begun else args.weights}
 
 
-def train_and_validation(records: list, args: Namespace,
-                         needs_validation: bool = True) -> tuple:
-    """Return the training records that --limit-train leaves, drawn by --seed, and the validation records. Raises
-    InputError where one of them is missing."""
+def choose_folds(records, args):
+    """Return the records that training sees, and {number: (indices among them that train, that validate)} of the folds.
+
+    Of the training records those that --limit-train leaves, drawn by --seed. Without a cross-validation (--folds 1) the
+    only fold validates on the validation rows; else these rows are left for test.py --split validation. Raises
+    InputError where records are missing.
+    """
     train = [record for record in records if record.split == "train"]
     validation = [record for record in records if record.split == "validation"]
     if not train:
         raise InputError(f"--data: {args.data} has no images of split train; training needs some")
-    if needs_validation and not validation:  # of two or more training images some were drawn
-        raise InputError(f"--data: {args.data} has one training image and no validation rows; one image cannot be "
-                         f"both; add another")
     if args.limit_train:
         order = np.random.default_rng(args.seed).permutation(len(train))[:args.limit_train]
         train = [train[i] for i in sorted(order)]
-    return train, validation
+    everyone = np.arange(len(train))
+    if args.folds == 1:
+        if not validation:  # of two or more training images some were drawn
+            raise InputError(f"--data: {args.data} has one training image and no validation rows; one image cannot be "
+                             f"both; add another")
+        return train + validation, {0: (everyone, len(train) + np.arange(len(validation)))}
+    folds = data.make_folds(train, args.folds, args.seed)
+    chosen = range(args.folds) if args.fold is None else [args.fold]
+    return train, {number: (np.setdiff1d(everyone, folds[number]), np.array(folds[number])) for number in chosen}
 
 
-def choose_weights(wish: str | list, classes: list, published: dict, automatic: list) -> list:
+def train_fold(build, found, images, count, losses, validate, score, text, records, args, compute):
+    """Train a network, build(**setting, weights), by `count` images an epoch; best.pt is the epoch of the best `score`,
+    which is returned.
+
+    found: what is to be recorded; weights_used, as asked for at first, is set. losses: a function that returns what
+    segmentation_losses does; validate: one of the network and the folder that returns what validate_fields does. text:
+    printed.
+    """
+    # 1. the network, its first weights, config.json
+    number = found["fold"]
+    out = args.out / f"fold{number}" if args.task == "cls" or args.folds > 1 else args.out
+    torch.manual_seed(args.seed * 1000 + number if args.folds > 1 else args.seed)
+    resumes = (out / "last.pt").is_file()  # not if a run was interrupted in its first epoch
+    earlier = runs.start_of(found["weights_used"])
+    model = build(**found["setting"], weights="none" if resumes or earlier else found["weights_used"])
+    if earlier and not resumes:
+        runs.start_from(model, build, found, earlier)
+    elif not resumes:
+        found["weights_used"] = model.weights_used  # further folds take the same, without a try to download
+    app, losses_of = losses()
+    parts = make_parts(model, app, args, compute)
+    size = save_config(args, compute, parts, records, **found)["parameters"]
+    print(f"{out}: {size / 1e6:.2f} M parameters, {text}, {compute}")
+
+    # 2. the loop
+    state = begin_or_resume(out, parts) | {"later": args.folds - 1 - number if args.fold is None else 0}
+    while unfinished(state, args):
+        started = time.perf_counter()
+        loader = make_loader(images, count, args, compute, state)
+        means = train_epoch(parts, loader, losses_of, compute, state, args)
+        network = model
+        if averages(state["epoch"], args):  # from here on the average is what is validated and kept
+            if not averages(state["epoch"] - 1, args):  # the first of them
+                parts["average"].n_averaged.zero_()
+                state = state | {"best": START["best"]}
+            network = update_average(parts, loader, compute)
+        row, validation, save = validate(network, out)
+        row = {"train_loss": means[0]} | row | dict(zip(["train_loss", "app_penalty"], means))
+        # before best.pt: what an interruption in between leaves out is made again
+        if process.rank() == 0 and is_better(state, row, score):
+            save()
+        best = found | {"model": network.state_dict(), "validation": validation}
+        state = end_epoch(out, state, parts, best, row, score, started, args)
+    if process.rank() == 0:
+        figures.save_curves(state["history"], out / "curves.png")
+    return state["best"]
+
+
+def print_end(args, best, score):
+    of_folds = f", mean of {len(best)} folds" if args.folds > 1 else ""
+    print(f"done: best {score} {sum(best) / len(best):.4f}{of_folds}; now: python test.py {args.out}")
+
+
+def choose_weights(wish, classes, published, automatic):
     """Return a weight a class for the value of --class-weights. published: {class: weight}; automatic: for auto."""
     weights = {
         "auto": automatic,
@@ -346,7 +346,7 @@ def choose_weights(wish: str | list, classes: list, published: dict, automatic: 
     return weights
 
 
-def save_config(args: Namespace, compute: Compute, parts: dict, records: list, **found) -> dict:
+def save_config(args, compute, parts, records, **found):
     """Write config.json, and the folder for it: the settings and what they led to. Return it."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     rows_of = Counter(record.split for record in records)
@@ -371,7 +371,7 @@ def save_config(args: Namespace, compute: Compute, parts: dict, records: list, *
     return config
 
 
-def make_parts(model: torch.nn.Module, app: torch.nn.Module | None, args: Namespace, compute: Compute) -> dict:
+def make_parts(model, app, args, compute):
     """Return what a training consists of, on the device: all that last.pt keeps."""
     fast.speed_up(model.to(compute.device, memory_format=torch.channels_last))
     adam = torch.optim.Adam if args.recipe == "paper" else torch.optim.AdamW
@@ -390,13 +390,12 @@ def make_parts(model: torch.nn.Module, app: torch.nn.Module | None, args: Namesp
     return parts
 
 
-def trained(parts: dict) -> torch.nn.ModuleList:
+def trained(parts):
     """Return the network and, of a segmentation, the autoencoder."""
     return torch.nn.ModuleList([parts[name] for name in ("model", "app") if name in parts])
 
 
-def make_loader(dataset: data.Crops | data.AugmentedImages, count: int, args: Namespace, compute: Compute,
-                state: dict) -> DataLoader:
+def make_loader(dataset, count, args, compute, state):
     """Return the batches of the next epoch, of `count` images in all, in an order drawn from seed and epoch. Of several
     processes each gets its part of every batch. A last batch of less than two images a process is left out, since
     BatchNorm needs two; with --compile any smaller one, for which the network would be compiled anew."""
@@ -411,15 +410,14 @@ def make_loader(dataset: data.Crops | data.AugmentedImages, count: int, args: Na
     return DataLoader(dataset, batch_sampler=own, num_workers=args.workers, generator=generator, pin_memory=on_gpu)
 
 
-def unfinished(state: dict, args: Namespace) -> bool:
+def unfinished(state, args):
     stopped = args.patience and state["stale"] >= args.patience
     if args.task == "cls" and args.swa:  # the average comes last
         stopped = False
     return state["epoch"] < args.epochs and not stopped
 
 
-def train_epoch(parts: dict, loader: DataLoader, losses_of: Callable, compute: Compute, state: dict,
-                args: Namespace) -> list:
+def train_epoch(parts, loader, losses_of, compute, state, args):
     """Go once over the loader. losses_of(logits, truth, share) gives the loss that is minimised and the losses to be
     shown. Return the means of the latter. Raises InputError where a loss is not finite."""
     # dropout and its like draw anew in each epoch, so that a resumed run draws the same
@@ -430,7 +428,10 @@ def train_epoch(parts: dict, loader: DataLoader, losses_of: Callable, compute: C
     optimizers = [parts[name] for name in ("optimizer", "app_optimizer") if name in parts]
     weights = list(trained(parts).parameters())
     sums = seen = 0
-    bar = progress(loader, f"epoch {epoch + 1}", "batch")
+    before = epoch * len(loader)
+    whole = before + epochs_left(state, args) * len(loader)  # so that the bar tells the time left of the run
+    bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}", "tile" if args.task == "seg" else "image", total=whole,
+                   initial=before, unit_scale=args.batch_size)
     for step, (images, truth) in enumerate(bar):
         for group in parts["optimizer"].param_groups:
             group["lr"] = learning_rate(args, epoch + step / len(loader))
@@ -458,7 +459,7 @@ def train_epoch(parts: dict, loader: DataLoader, losses_of: Callable, compute: C
     return [value / seen for value in sums]
 
 
-def learning_rate(args: Namespace, epoch: float) -> float:
+def learning_rate(args, epoch):
     """Return the learning rate at `epoch`, counted from 0, with its fraction.
 
     paper: a cosine, set once an epoch: seg from lr to 0.944 lr (3.4e-4 for 3.6e-4) over 50 epochs, cls from lr to
@@ -479,12 +480,17 @@ def learning_rate(args: Namespace, epoch: float) -> float:
     return low + (args.lr - low) * (1 + math.cos(math.pi * turns)) / 2
 
 
-def is_better(state: dict, row: dict, score: str) -> bool:
+def is_better(state, row, score):
     """Return whether an epoch is the best so far; of equal scores the lower validation loss decides."""
     return (row[score], -row["val_loss"]) > (state["best"], -state["best_loss"])
 
 
-def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score: str, started: float) -> dict:
+def epochs_left(state, args):
+    """Return how many epochs the run needs, this fold's and later ones'."""
+    return args.epochs * (1 + state["later"]) - state["epoch"]
+
+
+def end_epoch(out, state, parts, best, row, score, started, args):
     """Save what an epoch leaves: best.pt where its `score` is the best so far, metrics.csv, last.pt. Return the new
     state."""
     epoch = state["epoch"] + 1
@@ -508,11 +514,12 @@ def end_epoch(out: Path, state: dict, parts: dict, best: dict, row: dict, score:
         process.save_csv(out / "metrics.csv", list(row), [values.values() for values in state["history"]])
         runs.save_checkpoint(last, out / "last.pt")
     shown = "  ".join(f"{name} {row[name]:.4f}" for name in first | {score: 0})
-    print(f"epoch {epoch:3d}  {shown}{' *' if better else '  '}  {row['seconds']:.0f} s")
+    left = timedelta(seconds=round(row["seconds"] * epochs_left(state, args)))
+    print(f"epoch {epoch:3d}/{args.epochs}  {shown}{' *' if better else '  '}  {row['seconds']:.0f} s, {left} left")
     return state
 
 
-def begin_or_resume(out: Path, parts: dict) -> dict:
+def begin_or_resume(out, parts):
     """Return the state of the loop, a new one or, with everything put where last.pt left it, of one that goes on."""
     if process.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)

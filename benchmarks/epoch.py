@@ -72,13 +72,12 @@ def ours(fields, app, args, compute):
     settings = train.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in flags.items()])
     model = models.build_segmenter(in_channels=len(fields[0].image), depth=args.depth,
                                    decoder_channels=models.default_decoder_channels(args.depth))
-    module = dedl.build_app(app, args.tile)
+    module, losses_of = train.segmentation_losses(torch.ones(2, device=compute.device), settings)
     parts = train.make_parts(model, module, settings, compute)
-    losses_of = train.segmentation_losses(module, torch.ones(2, device=compute.device), settings)
     crops = data.Crops(fields, args.tile)
 
     def epoch():
-        state = {"epoch": crops.epoch}
+        state = {"epoch": crops.epoch, "later": 0}
         loader = train.make_loader(crops, len(crops), settings, compute, state)
         train.train_epoch(parts, loader, losses_of, compute, state, settings)
     return epoch, len(crops)

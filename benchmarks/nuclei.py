@@ -132,9 +132,14 @@ def train(name, seed, fields, val_fields, steps, compute):
     scores = dedl.segmentation_scores(torch.stack(counts))
     shown = {"seconds": seconds, "iou": scores["iou"], "mean_image_iou": scores["mean_image_iou"]}
     for decode, labels in found.items():
-        of_nuclei = nuclei.scores(labels, val_fields)
+        of_nuclei = scores_of(labels, val_fields)
         shown |= {f"{key} {decode.__name__}": of_nuclei[key] for key in ("ap50_mean_image", "ap50", "count_ratio")}
     return shown
+
+
+def scores_of(found, fields):
+    """The scores of nuclei as objects, of label images (H, W)."""
+    return dedl.nucleus_scores([dedl.match_nuclei(own, field.labels) for own, field in zip(found, fields)])
 
 
 def loss_of(kind, numbers, logits, truth):
@@ -206,13 +211,12 @@ def try_decoders(args, compute):
         config = runs.read_config(run)
         fields = fields_of(args.data if args.data != harness.DATA else config["data"], args.split)
         model = fast.for_inference(runs.load_best(run, models.build_segmenter, compute))
-        _, _, probabilities = prediction.evaluate(model, fields, compute)
-        both = [nuclei.mask_and_cores(own) for own in probabilities]
+        both = [nuclei.mask_and_cores(prediction.predict(model, field, compute)) for field in fields]
         for name, decode in ways.items():
             started = time.perf_counter()
             labels = [decode(*own, config["nucleus"]) for own in both]
             milliseconds = 1000 * (time.perf_counter() - started) / len(fields)
-            found[name].append(nuclei.scores(labels, fields) | {"ms": milliseconds})
+            found[name].append(scores_of(labels, fields) | {"ms": milliseconds})
 
     def rows():
         for name, scores in found.items():

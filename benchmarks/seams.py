@@ -15,7 +15,7 @@ import torch
 
 import data
 import models
-from images import manifests, reading
+from images import manifests
 from networks import fast
 from running import prediction, runs
 from running.compute import choose_compute
@@ -67,7 +67,7 @@ def main(argv=None):
     config = runs.read_config(args.run)
     model = fast.for_inference(runs.load_best(args.run, models.build_segmenter, compute))
     records, _ = manifests.find_records(args.data or config["data"], config["seed"])
-    channels = data.stains(reading.channel_names(config["channel"]), tuple(config["channels"]))
+    channels = data.stains(config)
     fields = data.read_fields([record for record in records if record.split == "validation"], channels)
     fields.sort(key=lambda field: field.mask.numel())
     images = [enlarged(field.window(), args.side) for field in fields[-args.fields:]]

@@ -237,7 +237,7 @@ def work(waiting, args):
     args.precision = ["--amp", choose_compute("cpu").amp] if timed else []
     ends = started + args.minutes * 60 if args.minutes else math.inf
     free = [args.devices[i % len(args.devices)] for i in range(args.jobs)]
-    bar = process.progress(None, args.table, "run", count)
+    bar = process.progress(None, args.table, "run", total=count)
     try:
         while waiting or going:
             longest = max(usual, default=0)

@@ -44,7 +44,7 @@ def write_synthetic(folder: Path, seed: int = 77) -> None:
     save_csv(folder / "segmentation.csv", ["image", "mask", "split", "patient"], segmentation)
 
 
-def import_dsb2018(source: Path, folder: Path, seed: int = 77) -> None:
+def import_dsb2018(source, folder, seed=77):
     """Write a data folder from the Data Science Bowl 2018 download, and print what was done. Raises InputError.
 
     Of stage1_train/ID/images/ID.png and ID/masks it makes grey images, label images and segmentation.csv: 70 % train,
@@ -91,7 +91,7 @@ def _save_png(array, path):
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
-def check(folder: Path, channels: tuple = ("DAPI",)) -> None:
+def check(folder, channels=("DAPI",)):
     """Print what a data folder holds. Raises InputError after it has printed problems."""
     tasks = [task for task, (name, _) in manifests.MANIFESTS.items() if (folder / name).is_file()]
     problems = []
@@ -119,7 +119,16 @@ def _check_task(folder, task, channels, problems):
         if task == "cls":
             counts = Counter(label for record in rows for label in record.labels)
             print(" ", ", ".join(f"{name} {counts[name]}" for name in manifests.class_names(records)))
-        _check_images(rows, channels, shapes, problems)
+        labelled = 0
+        for record in progress(rows, "reading"):
+            try:
+                shape, has_labels = _check_image(record, channels, problems)
+                shapes.setdefault(shape, record.image)
+                labelled += has_labels
+            except InputError as error:
+                problems.append(error)
+        if task == "seg":
+            print(f"  {labelled} of {len(rows)} masks are label images")
     if shapes:
         least = min(shapes)
         most = max(shapes)
@@ -129,30 +138,20 @@ def _check_task(folder, task, channels, problems):
                             f"takes one number")
 
 
-def _check_images(rows, channels, shapes, problems):
-    """Reads the images of a split, and adds to the shapes and to the problems."""
-    shares = []
-    labelled = 0
-    for record in progress(rows, "reading"):
-        try:
-            if record.mask:
-                field = manifests.read_field(record, channels)
-                image = field.image
-                shares.append(field.mask.float().mean())
-                labelled += field.labelled
-                if not field.mask.any():
-                    problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this image?")
-            else:
-                image = read_rgb(record.image)
-        except InputError as error:
-            problems.append(error)
-            continue
-        shapes.setdefault(image.shape, record.image)
-        if np.ptp(image) == 0:
-            problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
-    if shares:
-        print(f"  nuclei cover {sum(shares) / len(shares):.1%} of an image, on average; {labelled} of {len(shares)} "
-              f"masks are label images")
+def _check_image(record, channels, problems):
+    """Reads an image and its mask, and adds to the problems. Returns the image's shape and whether it has labels."""
+    labelled = False
+    if record.mask:
+        field = manifests.read_field(record, channels)
+        image = field.image
+        labelled = field.labelled
+        if not field.mask.any():
+            problems.append(f"{record.mask}: the mask is empty; is there really no nucleus in this image?")
+    else:
+        image = read_rgb(record.image)
+    if np.ptp(image) == 0:
+        problems.append(f"{record.image}: the image is constant; nothing can be seen in it")
+    return image.shape, labelled
 
 
 # --------------------------------------------------------------------------------------------------------- command line

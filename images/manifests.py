@@ -11,10 +11,14 @@ import numpy as np
 import torch
 
 from images.labels import as_labels
-from images.reading import find_limits, normalise, read_image, read_mask
+from images.reading import IMAGES, find_limits, normalise, read_image, read_mask
 from running.process import InputError
 
 SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "validation"}
+# how the stems of files end that belong to an image; Cellpose and inForm have their own
+ENDINGS = {"_mask": "mask", "_masks": "mask", "_cp_masks": "mask", "_labels": "mask", "_ignore": "ignore",
+           ".tifMask": "mask", "_binary_seg_maps": "mask"}
 MANIFESTS = {"seg": ("segmentation.csv", "mask"), "cls": ("classification.csv", "labels")}  # file, column of the truth
 COMPONENT = "_component_data.tif"                        # how inForm's image files end, and their masks:
 INFORM_MASKS = (f"{COMPONENT}Mask.tif", "_binary_seg_maps.tif")
@@ -33,11 +37,12 @@ PUBLISHED_SPLIT = {     # of the paper's private set, by patient
 # ------------------------------------------------------------------------------------------------------------ manifests
 @dataclass
 class Record:
-    """A row of a manifest; image and mask are whole paths. Segmentation has masks, classification labels."""
+    """A row of a manifest; image, mask and ignore are whole paths. Segmentation has masks, classification labels."""
     image: Path
     split: str
     patient: str = ""
     mask: Path | None = None
+    ignore: Path | None = None
     labels: tuple = ()
     name: str = ""  # of the image, as the manifest or the command line has it
 
@@ -46,10 +51,10 @@ def find_records(folder: Path | str, seed: int = 77, problems: list | None = Non
                  needs_validation: bool = True) -> tuple[list, list]:
     """Return the records of a data folder, and lines that report how they were found and split.
 
-    They come from the task's manifest or, without segmentation.csv, from inForm's file names. Without validation rows,
-    whole patients (or else images) of the training rows become validation, drawn by `seed`, if they are needed; a
-    cross-validation does without. Test rows of inForm's files are drawn in the same way. What is wrong with rows of
-    the manifest is added to `problems`, or raised as InputError where that is None.
+    They come from the task's manifest or, without segmentation.csv, from inForm's file names or from pairs of files.
+    Without validation rows, whole patients (or else images) of the training rows become validation, drawn by `seed`, if
+    they are needed; a cross-validation does without. Without a manifest test rows are drawn in the same way. What is
+    wrong with rows of the manifest is added to `problems`, or raised as InputError where that is None.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -68,6 +73,8 @@ def find_records(folder: Path | str, seed: int = 77, problems: list | None = Non
         raise InputError(f"{folder}: holds no classification.csv (image,labels,split[,patient])")
     else:
         records, lines = _inform_records(folder)
+        if not records:
+            records, lines = _paired_records(folder)
         drawn = ["test", *drawn]
     for split in drawn:
         counts = Counter(record.split for record in records)
@@ -98,11 +105,14 @@ def _read_manifest(manifest, truth):
 
 def _record(folder, row, truth):
     """The record of a manifest's row."""
-    if row["split"] not in SPLITS:
+    if row["split"] not in SPLIT_NAMES:
         raise InputError(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
-    record = Record(_file(folder, row, "image"), row["split"], row.get("patient", "").strip(), name=row["image"])
+    split = SPLIT_NAMES[row["split"]]
+    record = Record(_file(folder, row, "image"), split, row.get("patient", "").strip(), name=row["image"])
     if truth == "mask":
         record.mask = _file(folder, row, "mask")
+        if row.get("ignore"):
+            record.ignore = _file(folder, row, "ignore")
     else:
         labels = map(str.strip, row["labels"].split(";"))
         record.labels = tuple(dict.fromkeys(filter(None, labels)))
@@ -119,7 +129,7 @@ def _file(folder, row, column):
     return folder / path
 
 
-def read_csv(path: Path, columns: tuple, first_line: str) -> list:
+def read_csv(path, columns, first_line):
     """Return [(line number, {column: text})] of a CSV file that has these columns.
 
     Cells are separated by commas or, as some spreadsheets write, all by semicolons. Raises InputError.
@@ -144,7 +154,41 @@ def read_csv(path: Path, columns: tuple, first_line: str) -> list:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------- inForm files, splits
+# ----------------------------------------------------------------------------------- folders without a manifest, splits
+def _paired_records(folder):
+    """Records of the images below a folder that have a mask of the same stem, in images/ and masks/ or beside it, maybe
+    in folders named as splits; and lines that report them and the files left over."""
+    files = defaultdict(dict)  # {(folders, stem): {"image", "mask", "ignore": path}}
+    for path in sorted(folder.rglob("[!.]*.*")):
+        parents = [parent.lower() for parent in path.relative_to(folder).parts[:-1]]
+        predicted = path.with_name("predictions.csv").exists()  # by test.py
+        if path.suffix.lower() in IMAGES and not predicted:
+            stem, *ending = re.split(f"({'|'.join(ENDINGS)})$", path.stem)
+            kind = ENDINGS[ending[0]] if ending else "mask" if "masks" in parents else "image"
+            place = (*[parent for parent in parents if parent not in ("images", "masks")], stem)
+            if kind in files[place]:
+                raise InputError(f"{path}: {files[place][kind]} is its image's {kind} already; move one away")
+            files[place][kind] = path
+    records = []
+    left = []
+    for place, found in files.items():
+        if found.keys() >= {"image", "mask"}:
+            split = next((SPLIT_NAMES[parent] for parent in place[:-1] if parent in SPLIT_NAMES), "train")
+            records.append(Record(**found, split=split, name=str(found["image"].relative_to(folder))))
+        else:
+            left += map(str, found.values())
+    if not records:
+        raise InputError(f"{folder}: holds neither segmentation.csv (image,mask,split[,patient][,ignore]), nor images "
+                         f"with masks of the same names (images/a.png and masks/a.png, or a.tif and a_masks.tif), nor "
+                         f"inForm files (*{COMPONENT} with masks)")
+    partly = sum(record.ignore is not None for record in records)
+    lines = [f"{folder}: {len(records)} images with masks, as {records[0].image} with {records[0].mask}; {partly} with "
+             f"pixels to ignore"]
+    if left:
+        lines.append(f"left out, without a partner: {len(left)} files, {', '.join(left[:9])}")
+    return records, lines
+
+
 def _inform_records(folder):
     """Records of all component files below a folder that have a mask, beside them or alone of its name elsewhere, and a
     line that reports them."""
@@ -160,10 +204,7 @@ def _inform_records(folder):
             masks += [path for path in found if len(found) == 1 or path.parent == image.parent]
         if masks:
             slide = re.sub(r"(_\[[\d.,]+\].*)?_component_data\.tif$", "", image.name)
-            records.append(Record(image, PUBLISHED_SPLIT.get(slide, "train"), slide, masks[0]))
-    if not records:
-        raise InputError(f"{folder}: holds neither segmentation.csv (image,mask,split[,patient]) nor inForm files "
-                         f"(*{COMPONENT} with masks)")
+            records.append(Record(image, PUBLISHED_SPLIT.get(slide, "train"), slide, masks[0], name=image.name))
     lines = [f"{folder}: {len(records)} of {len(images)} inForm component files have a mask; the paper's patients are "
              "split as in the paper"]
     return records, lines
@@ -177,7 +218,7 @@ def by_patient(records: list) -> list:
     return [groups[key] for key in sorted(groups, key=str)]
 
 
-def move_rows(records: list, split: str, seed: int) -> str:
+def move_rows(records, split, seed):
     """Move VALIDATION_SHARE of two or more training records to another split; return a line that reports it.
 
     Whole patients are moved where there are several of several images.
@@ -232,8 +273,9 @@ def class_names(records: list) -> list:
 class Field:
     """One image with its nuclei.
 
-    image: (C, H, W) as it is in the file. limits: what becomes 0 and 1. labels: (H, W) int32, see images/labels.py,
-    None for new images. labelled: whether the mask's file is a label image.
+    image: (C, H, W) as it is in the file. limits: what becomes 0 and 1. New images have no more. labels: (H, W) int32,
+    see images/labels.py. labelled: whether the mask's file is a label image. known: (H, W) bool, False where nobody
+    annotated, by the record's `ignore`.
     """
     record: Record
     image: np.ndarray
@@ -241,6 +283,11 @@ class Field:
     limits: tuple
     labels: torch.Tensor | None = None
     labelled: bool = False
+    known: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.known is None:
+            self.known = torch.ones((), dtype=torch.bool).expand(self.shape)  # takes no memory
 
     @property
     def mask(self) -> torch.Tensor:
@@ -261,19 +308,28 @@ def read_field(record: Record, channels: tuple = ("DAPI",)) -> Field:
     image, names = read_image(record.image, channels)
     field = Field(record, image, names, find_limits(image))
     if record.mask:
-        mask = read_mask(record.mask)
-        if mask.shape != field.shape:
-            raise InputError(f"{record.mask}: the mask has {mask.shape} pixels, its image {record.image.name} "
-                             f"{field.shape}; they must be equal")
-        field.labels, field.labelled = as_labels(mask)
+        field.labels, field.labelled = as_labels(_read_equal(record.mask, field))
+    if record.ignore:
+        field.known = torch.from_numpy(_read_equal(record.ignore, field) == 0)
+        if not field.known.any():
+            raise InputError(f"{record.ignore}: ignores all pixels; leave this image out")
     return field
+
+
+def _read_equal(file, field):
+    """The values (H, W) of a mask, which must have the field's size."""
+    mask = read_mask(file)
+    if mask.shape != field.shape:
+        raise InputError(f"{file}: the mask has {mask.shape} pixels, its image {field.record.image.name} "
+                         f"{field.shape}; they must be equal")
+    return mask
 
 
 def inverted_masks(fields: list) -> list:
     """Return a line for each image whose nuclei cover more than half of it."""
     lines = []
     for field in fields:
-        share = field.mask.float().mean()
+        share = field.mask[field.known].float().mean()
         if share > 0.5:
             lines.append(f"{field.record.mask}: nuclei cover {share:.0%} of the pixels; is the mask inverted?")
     return lines

@@ -27,6 +27,7 @@ GREY = ("grey",)              # the channels of files without named stains
 COLOURED = ("red", "green", "blue")
 PERCENTILES = (1, 99.8)       # become 0 and 1, as in StarDist
 SAMPLE = 50_000_000           # pixels a channel; of larger images the percentiles are those of an even sample
+LARGE = 1 << 28               # bytes of a page
 MICROMETRE = ("um", "µm", "\\u00B5m", "micron")  # as OME and ImageJ write it
 LARGEST_PIXEL = 10            # micrometres; larger ones are a resolution for printing
 LARGEST = 1e37                # of float values, so that float32 can hold the difference of two
@@ -77,6 +78,19 @@ def read_rgb(path: Path | str) -> np.ndarray:
     )
     if len(image) not in (1, 3):
         raise InputError(f"{path}: has {len(image)} channels; an image to classify is grey or RGB")
+    return as_rgb(image)
+
+
+def as_channels(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W), (C, H, W) or (H, W, 1, 3 or 4) as (C, H, W), without alpha."""
+    image = np.asarray(image)
+    if image.ndim == 3 and image.shape[2] in (1, 3, 4):
+        return np.moveaxis(image, 2, 0)[:3]
+    return image.reshape(-1, *image.shape[-2:])
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """Return an image (1 or 3, H, W) of any type as uint8 (3, H, W), see read_rgb."""
     if image.dtype != np.uint8:
         unit = normalise(image, find_limits(image))
         image = (unit * 255).round().astype(np.uint8)
@@ -149,10 +163,12 @@ def _read(path, choose, palette=True):
             with tifffile.TiffFile(path) as tiff:
                 len(tiff.pages)  # ends where the pages of a damaged file form a circle; a loop over them would not
                 names, pages = zip(*choose(tiff))
-                image = np.concatenate([
-                    _page_values(path, page, palette)
-                    for page in pages
-                ])
+                values = [_page_values(path, page, palette) for page in pages]
+                image = values[0]
+                if len(values) > 1:
+                    shape = (sum(map(len, values)), *image.shape[1:])
+                    whole = tifffile.create_output(_place(image), shape, np.result_type(*values))
+                    image = np.concatenate(values, out=whole)
         else:
             names = GREY
             with Image.open(path, formats=("PNG", "JPEG")) as opened:
@@ -169,13 +185,19 @@ def _read(path, choose, palette=True):
     return image, names
 
 
+def _place(values):
+    """Where tifffile puts the pixels of a page or array: large ones stay on the disk, mapped into memory. Compressed
+    ones are unpacked there piece by piece, into a temporary file."""
+    return "memmap" if values.nbytes > LARGE else None
+
+
 def _page_values(path, page, palette):
     """Values (C, H, W) of a page of a TIFF, without alpha."""
     if page.photometric <= tifffile.PHOTOMETRIC.RGB:
         if len(page.dataoffsets) < np.prod(page.chunked) and not page.is_contiguous:
             raise ValueError("strips are missing")
         try:
-            array = page.asarray(squeeze=False).squeeze(1)                    # (planes, H, W, samples)
+            array = page.asarray(out=_place(page), squeeze=False).squeeze(1)  # (planes, H, W, samples)
         except (ValueError, ImportError) as error:
             if "imagecodecs" not in str(error):
                 raise

@@ -7,7 +7,6 @@ import difflib
 import functools
 import logging
 import math
-from collections.abc import Callable
 
 import huggingface_hub.constants as hub  # comes with timm
 import timm
@@ -218,7 +217,7 @@ def interpolation(name: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- first weights
-def check_name(what: str, name: str) -> None:
+def check_name(what, name):
     """Raise InputError, which shows similar names, unless timm has this model (with these weights: model.weights)."""
     known = timm.list_models() + timm.list_pretrained()
     if name not in known:
@@ -226,7 +225,7 @@ def check_name(what: str, name: str) -> None:
         raise InputError(f"{what} {name!r} is not a timm model; near it: {', '.join(similar)}")
 
 
-def with_weights(network: nn.Module, create: Callable, name: str, weights: str) -> tuple:
+def with_weights(network, create, name, weights):
     """Return a network with the weights asked for, and which these are: "none", "imagenet" or the file.
 
     network: has random weights. create: makes another one, with timm's settings that it gets.
@@ -261,4 +260,4 @@ def _from_file(create, name, file):
         return create(pretrained=True, pretrained_cfg_overlay={"state_dict": state})
     except Exception as error:  # unpickling, safetensors and shape errors have no common kind
         raise InputError(f"--weights {file}: no weights for this network ({one_line(error, 200)}); give a file of "
-                         "timm's weights for it, auto, imagenet or none") from error
+                         "timm's weights for it, a run's folder, auto, imagenet or none") from error

@@ -104,7 +104,7 @@ class _Gate(torch.autograd.Function):
         return dv.permute(0, 3, 1, 2), d1.T @ mean, d1.sum(0), d2.T @ hidden, d2.sum(0), dw3.to(w3.dtype), db3
 
 
-def conv_of_upsampled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def conv_of_upsampled(x, weight, bias=None):
     """Return F.conv2d(upsampled x, weight, bias, padding=1) in sub-pixel form (Shi et al. 2016, arXiv 1609.07009):
     x (N, C, H, W), weight (O, C, 3, 3) -> (N, O, 2H, 2W).
 

@@ -2,6 +2,7 @@
 import ctypes
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +40,17 @@ class Compute:
         return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
 
 
-def devices() -> list:
+def devices():
     """Return the names of the devices that are here, the best first."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return [name for name, there in have.items() if there]
+
+
+def add_compute(add: Callable) -> None:
+    """Add the flags of choose_compute to a parser; add: its add_argument."""
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
+    add("--amp", choices=["auto", *PRECISIONS], default="auto",
+        help="mixed precision; auto: on a CPU bf16 if a convolution, timed at the start, is faster in it [auto]")
 
 
 def choose_compute(device: str = "auto", amp: str = "auto", keep_memory: int = 1 << 30) -> Compute:
@@ -69,13 +77,13 @@ def choose_compute(device: str = "auto", amp: str = "auto", keep_memory: int = 1
     return Compute(torch.device(device), amp)
 
 
-def cpu_has_bf16() -> bool:
+def cpu_has_bf16():
     """Return whether the CPU claims to multiply bfloat16 in hardware. That alone does not make it faster."""
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, test, bool)() for test in tests)
 
 
-def bf16_gain() -> float:
+def bf16_gain():
     """Return how many times as fast as in float32 a 3x3 convolution like the decoder's is in bfloat16, gradients
     included: median of 11 rounds, 0.1 to 0.4 s in all. No random numbers are drawn."""
     def ones(*shape):

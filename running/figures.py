@@ -1,5 +1,4 @@
 """The figures in a run's folder, as PNG: images beside truth and prediction, and the curves of the training."""
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from PIL import Image, ImageDraw, ImageOps
 import dedl
 from images import reading
 from images.manifests import Field
-from running import nuclei, process
+from running import process
 
 SIDE = 512     # pixels, at most; of larger images the middle is shown
 OVERLAY = 2048  # pixels, at most, of an overlay's side
@@ -20,12 +19,11 @@ PREDICTED = (230, 159, 0)
 BOTH = (255, 255, 255)
 MERGED = (214, 39, 40)
 SPLIT = (204, 121, 167)
-NUCLEI = np.uint8([TRUTH, PREDICTED, (0, 158, 115), (240, 228, 66), SPLIT, (0, 114, 178), MERGED, (150, 150, 150)])
-APART = 4      # pixels; nuclei that are closer get different colours
+HATCH = 8      # pixels from stripe to stripe
 
 
 def save_samples(rows: list, file: Path) -> None:
-    """Save image | truth | prediction | the outlines of both, of the middle of each image.
+    """Save image | truth | prediction | the outlines of both, of the middle of each image; hatched where it is ignored.
 
     rows: (caption, Field, found nuclei (H, W)).
     """
@@ -39,14 +37,16 @@ def save_samples(rows: list, file: Path) -> None:
         zoom = max(1, SIDE // max(image.shape[1:]))
         truth = enlarged(field.labels[middle], zoom)
         found = enlarged(found[middle], zoom)
-        merged, split = mistakes(found, truth)
+        known = enlarged(field.known[middle], zoom)
+        merged, split = mistakes(found * known, truth * known)
+        outlined = draw_outlines(draw(image, zoom), found, truth, merged, split)
         cells += [
             (f"{caption}  {field.record.image.stem}\n"
              f"middle of {height} x {width} pixels, {', '.join(field.channels[:3])}", draw(image, zoom)),
-            (f"truth\n{truth.unique().count_nonzero()} nuclei", Image.fromarray(colour(truth))),
+            (f"truth\n{truth.unique().count_nonzero()} nuclei", hatched(Image.fromarray(colour(truth)), known)),
             (f"prediction\n{found.unique().count_nonzero()} nuclei", Image.fromarray(colour(found))),
             (f"outlines: blue truth, orange prediction, white both\nfilled: {len(merged)} found as one (red), "
-             f"{len(split)} found in parts (pink)", draw_outlines(draw(image, zoom), found, truth, merged, split)),
+             f"{len(split)} found in parts (pink)", hatched(outlined, known)),
         ]
     save_table(cells, file)
 
@@ -58,7 +58,7 @@ def overview(field: Field) -> torch.Tensor:
 
 
 def overlay(view: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """Draw the outlines of nuclei (H, W), in colours that neighbours do not share, on what overview gave: (h, w, 3)."""
+    """Draw the outlines of nuclei (H, W), in colours, on what overview gave: (h, w, 3)."""
     step = -(-max(labels.shape) // OVERLAY)
     small = labels[::step, ::step]
     pixels = np.array(draw(view))
@@ -134,6 +134,14 @@ def draw_outlines(image, found, truth, merged, split):
     return Image.fromarray(pixels)
 
 
+def hatched(image, known):
+    """Return a PIL image with stripes where pixels are not known (H, W)."""
+    pixels = np.array(image)
+    rows, columns = np.indices(known.shape)
+    pixels[~known.numpy() & ((rows + columns) % HATCH == 0)] = SPLIT
+    return Image.fromarray(pixels)
+
+
 def mistakes(found, truth):
     """Return the numbers of the true nuclei (H, W) that lie, by half or more, in one found nucleus with others, and of
     those in which several found nuclei lie by half or more."""
@@ -146,20 +154,10 @@ def mistakes(found, truth):
 
 
 def colour(labels):
-    """Return nuclei (H, W) in colours (H, W, 3) that none has in common with one less than APART pixels away."""
-    wide = nuclei.grow(labels, labels == 0, rings=APART / 2).numpy()
-    earlier = defaultdict(set)                                        # of each nucleus, neighbours of lower number
-    for one, two in ((wide[1:], wide[:-1]), (wide[:, 1:], wide[:, :-1])):
-        meet = one != two
-        for pair in set(zip(one[meet].tolist(), two[meet].tolist())):
-            earlier[max(pair)].add(min(pair))
-    places = [0]                                                      # of each nucleus's colour
-    for number in range(1, labels.max() + 1):
-        taken = {places[other] for other in earlier[number] if other}
-        places.append(min(range(len(NUCLEI)), key=lambda place: (place in taken, (place - number) % len(NUCLEI))))
-    pixels = NUCLEI[np.array(places)[labels]]
-    pixels[labels == 0] = 0
-    return pixels
+    """Return nuclei (H, W) in colours (H, W, 3) drawn by chance, always the same for a number."""
+    colours = np.random.default_rng(0).integers(64, 256, (int(labels.max()) + 1, 3), np.uint8)
+    colours[0] = 0
+    return colours[labels]
 
 
 def enlarged(labels, zoom):

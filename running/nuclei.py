@@ -1,4 +1,5 @@
 """Nuclei as objects: from a network's probabilities to label images, what is measured of each, and their files."""
+import json
 import math
 import zipfile
 from pathlib import Path
@@ -49,7 +50,7 @@ def separate(mask: torch.Tensor, cores: torch.Tensor, usual: dict, scale: float 
     return labels
 
 
-def find_seeds(mask: torch.Tensor, cores: torch.Tensor, reach: int) -> torch.Tensor:
+def find_seeds(mask, cores, reach):
     """Return the seeds (H, W), bool: pixels of the cores that lie deepest within `reach` pixels around them. The uneven
     outline of a large nucleus would make several; so those that lie deep (DEEP) must be the deepest within 2 or 4 times
     as many. Parts of the mask without a seed are seeds as a whole.
@@ -83,7 +84,7 @@ def _over_windows(reduce, values, reach, step=1):
     return values
 
 
-def grow(labels: torch.Tensor, *masks: torch.Tensor, rings: float = math.inf) -> torch.Tensor:
+def grow(labels, *masks, rings=math.inf):
     """Return labels (H, W) that have grown into a mask (H, W), then into the next one, ring by ring of pixels, by up to
     `rings` in all. Where two meet, a neighbour by a side is preferred to one by a corner."""
     width = labels.shape[1] + 2
@@ -105,11 +106,6 @@ def grow(labels: torch.Tensor, *masks: torch.Tensor, rings: float = math.inf) ->
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
-def scores(found: list, fields: list) -> dict:
-    """Return dedl.nucleus_scores of label images against those of the fields."""
-    return dedl.nucleus_scores([dedl.match_nuclei(labels, field.labels) for labels, field in zip(found, fields)])
-
-
 def describe(fields: list) -> dict:
     """Return what config.json keeps of the training nuclei: median area and diameter in pixels, the smallest area that
     counts, and the width of a pixel in micrometres, None where the first image's file does not have it."""
@@ -165,7 +161,7 @@ def measure(labels: torch.Tensor, file: Path, ring: int = 0) -> dict:
     return columns
 
 
-def means(labels: torch.Tensor, values: np.ndarray, count: int) -> np.ndarray:
+def means(labels, values, count):
     """Return the means (count,) of values (H, W) over the pixels of each of the labels 1 to `count` (H, W)."""
     labels = labels.numpy()
     values = np.broadcast_to(values, labels.shape)
@@ -203,7 +199,20 @@ def save_rois(labels: torch.Tensor, file: Path) -> None:
             rois.writestr(f"{number}.roi", ImagejRoi.frompoints(corners, name=str(number)).tobytes())
 
 
-def outlines(labels: torch.Tensor) -> dict:
+def save_geojson(labels: torch.Tensor, file: Path) -> None:
+    """Write the outlines of nuclei (H, W) as a GeoJSON of QuPath's detections, in pixels."""
+    features = []
+    for number, corners in outlines(labels).items():
+        features.append({
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [[*corners, corners[0]]]},
+            "properties": {"objectType": "detection", "name": str(number)},
+        })
+    with process.replacing(file, "w") as handle:
+        json.dump({"type": "FeatureCollection", "features": features}, handle)
+
+
+def outlines(labels):
     """Return {number: corners [(x, y)]} of the outline of each nucleus (H, W), clockwise along the borders of its
     pixels, from its first pixel on. Holes, and parts that touch it nowhere, are left out."""
     wide = F.pad(labels, (1, 1, 1, 1)).numpy()

@@ -1,6 +1,7 @@
 """Predicts whole images by tiles that overlap, and the labels of images."""
 import csv
 import math
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 import dedl
 from images.manifests import Field
-from running import process
+from running import nuclei, process
 from running.compute import Compute
 from running.process import InputError, progress
 
@@ -22,7 +23,7 @@ OVERLAP = 256         # of neighbouring tiles, at least; see benchmarks/seams.py
 
 
 # -------------------------------------------------------------------------------------------------------- whole images
-def tiles_along(size: int, tile: int = TILE, overlap: int = OVERLAP) -> list:
+def tiles_along(size, tile=TILE, overlap=OVERLAP):
     """Return the tiles along an axis of `size` pixels and the weights of their pixels: as few tiles as cover it, of at
     most `tile` pixels, with neighbours that overlap by `overlap`.
 
@@ -65,14 +66,14 @@ def predict(model: nn.Module, field: Field, compute: Compute, tta: bool = False,
     return found
 
 
-def enlarged(field: Field, scale: float) -> Field:
+def enlarged(field, scale):
     """Return an image, each side `scale` times as long."""
     size = [max(1, round(scale * side)) for side in field.shape]
     image = F.interpolate(field.window()[None], size, mode="bilinear", antialias=True)
     return Field(field.record, image[0].numpy(), field.channels, np.float32([0, 1]))
 
 
-def one_way(model: nn.Module, image: torch.Tensor, compute: Compute, way: int) -> torch.Tensor:
+def one_way(model, image, compute, way):
     """Return the probabilities (classes - 1, H, W) of an image (C, H, W), predicted after way // 2 quarter turns and,
     where `way` is odd, a flip."""
     image = image.rot90(way // 2, (1, 2))
@@ -84,40 +85,56 @@ def one_way(model: nn.Module, image: torch.Tensor, compute: Compute, way: int) -
     return found.rot90(-(way // 2), (1, 2))
 
 
-def evaluate(model: nn.Module, fields: list, compute: Compute, class_weights: list | None = None, tta: bool = False,
-             scale: float = 1.0) -> tuple:
-    """Predict images that have a truth by a network in eval mode. Return pixel counts (images, 4) of their masks, with
-    class weights the mean cross-entropy, and for each image the probabilities (classes - 1, H, W)."""
+@dataclass
+class Measured:
+    """What a network finds in images that have a truth. Of each image: pixel counts (images, 4) of its mask, the
+    probabilities (classes - 1, H, W), the nuclei (H, W), and what dedl.match_nuclei says of these. loss: the mean
+    cross-entropy, where class weights were given."""
+    counts: torch.Tensor
+    probabilities: list
+    found: list
+    matched: list
+    loss: float | None
+
+    @property
+    def scores(self) -> dict:
+        return dedl.segmentation_scores(self.counts) | dedl.nucleus_scores(self.matched)
+
+
+def measure(model: nn.Module, fields: list, usual: dict, compute: Compute, class_weights: list | None = None,
+            tta: bool = False, scale: float = 1.0) -> Measured:
+    """Predict images that have a truth by a network in eval mode, and measure it. usual: see nuclei.describe."""
     counts = []
     probabilities = []
     loss = weight = 0.0
     for field in progress(fields, "predicting"):
-        found = predict(model, field, compute, tta, scale)
-        probabilities.append(found)
-        nucleus = found.sum(0, keepdim=True)                                                  # (1, H, W)
-        counts.append(dedl.confusion(nucleus[0] > 0.5, field.mask))
+        own = predict(model, field, compute, tta, scale)
+        probabilities.append(own)
+        nucleus = own.sum(0, keepdim=True)                                                    # (1, H, W)
+        counts.append(dedl.confusion(nucleus[0][field.known] > 0.5, field.mask[field.known]))
         if class_weights:
             weights = torch.tensor(class_weights)
-            truth = dedl.nucleus_classes(field.labels, len(weights)).long()                   # (H, W)
-            log = torch.cat([1 - nucleus, found]).clamp(min=1e-7).log()                       # (classes, H, W)
-            loss += F.nll_loss(log[None], truth[None], weights, reduction="sum").item()
+            truth = dedl.nucleus_classes(field.labels, len(weights)).long()[field.known]      # (pixels,)
+            log = torch.cat([1 - nucleus, own]).clamp(min=1e-7).log()                         # (classes, H, W)
+            loss += F.nll_loss(log[:, field.known].T, truth, weights, reduction="sum").item()
             weight += weights[truth].sum().item()
-    return torch.stack(counts), loss / weight if class_weights else None, probabilities
+    found = [nuclei.separate(*nuclei.mask_and_cores(own), usual, scale) for own in probabilities]
+    matched = [dedl.match_nuclei(labels, field.labels, field.known) for labels, field in zip(found, fields)]
+    return Measured(torch.stack(counts), probabilities, found, matched, loss / weight if class_weights else None)
 
 
 # --------------------------------------------------------------------------------------------------- labels of images
 @torch.inference_mode()
-def classify(model: nn.Module, images, compute: Compute, indices=None, flips: bool = False) -> torch.Tensor:
-    """Return logits (N, classes), float32 on the CPU, of images uint8 (3, S, S) by index, all or those of `indices`.
+def classify(model: nn.Module, images: torch.Tensor, compute: Compute, flips: bool = False) -> torch.Tensor:
+    """Return logits (N, classes), float32 on the CPU, of images uint8 (N, 3, S, S).
 
     flips: the mean over the image as it is and mirrored along each side and both (test-time augmentation).
     """
     model.eval()
-    indices = torch.arange(len(images)) if indices is None else torch.as_tensor(indices)
     ways = [(), (2,), (3,), (2, 3)] if flips else [()]
     found = []
-    for batch in progress(indices.split(32), "predicting", "batch"):
-        part = compute.batch(torch.stack([images[i] for i in batch.tolist()]))                # (N, 3, S, S)
+    for batch in progress(images.split(32), "predicting", "batch"):
+        part = compute.batch(batch)                                                           # (n, 3, S, S)
         with compute.autocast():
             # forward, not the call: torch.compile would compile anew for each size of batch
             logits = [model.forward(part.flip(axes)).float() for axes in ways]
@@ -126,10 +143,15 @@ def classify(model: nn.Module, images, compute: Compute, indices=None, flips: bo
 
 
 def save_labels(file: Path, records: list, classes: list, probabilities: torch.Tensor) -> None:
-    """Write a CSV of image, true labels joined by ';', and a column of probabilities a class."""
-    rows = [[record.name, ";".join(record.labels), *(f"{p:.6f}" for p in row)]
+    """Write a CSV of image, true labels, labels found, both joined by ';', and a column of probabilities a class."""
+    rows = [[record.name, ";".join(record.labels), labels_found(row, classes), *(f"{p:.6f}" for p in row)]
             for record, row in zip(records, probabilities.tolist())]
-    process.save_csv(file, ["image", "labels", *classes], rows)
+    process.save_csv(file, ["image", "labels", "labels_found", *classes], rows)
+
+
+def labels_found(probabilities: list, classes: list) -> str:
+    """Return the names of the classes above 0.5, joined by ';'."""
+    return ";".join(name for name, p in zip(classes, probabilities) if p > 0.5)
 
 
 def save_rows(file: Path, measured: dict) -> None:
@@ -140,8 +162,8 @@ def save_rows(file: Path, measured: dict) -> None:
     rows = [[row.get(name, "") for name in header] for row in earlier]
     for image, columns in measured.items():
         count = len(next(iter(columns.values())))
-        cells = [map("{:.10g}".format, columns.get(name, [math.nan] * count)) for name in header[1:]]
-        rows += [[image, *row] for row in zip(*cells)]
+        cells = [columns.get(name, [math.nan] * count) for name in header[1:]]
+        rows += [[image, *(cell if isinstance(cell, str) else f"{cell:.10g}" for cell in row)] for row in zip(*cells)]
     process.save_csv(file, header, rows)
 
 

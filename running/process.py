@@ -35,18 +35,19 @@ SEED = number(int, 0, 2 ** 31)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the module's docstring as it is in --help, and errors of one line."""
+    """argparse with the module's docstring in --help, in place of a list of all flags, and errors of one line."""
 
     def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        super().__init__(usage="see below", formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message):
         fail(f"{message} (see --help)")
 
 
-def progress(items: Iterable, what: str, unit: str = "image", total: int | None = None) -> tqdm:
-    """Return the items with a progress bar on stderr, if that is a terminal and this is the first process."""
-    return tqdm(items, what, total, unit=unit, leave=False, disable=True if rank() else None)
+def progress(items: Iterable, what: str, unit: str = "image", **settings) -> tqdm:
+    """Return the items with a progress bar on stderr, if that is a terminal and this is the first process. settings:
+    further arguments of tqdm."""
+    return tqdm(items, what, unit=unit, leave=False, disable=True if rank() else None, **settings)
 
 
 def note(lines: list) -> None:
@@ -80,7 +81,7 @@ def command(main: Callable, argv: list | None = None, less_memory: str = "take s
         fail(f"process {rank()}: {one_line(error, 300)}")  # most often because another one ended
 
 
-def fail(message: str) -> None:
+def fail(message):
     """End the program as every script here ends on bad input: one line on stderr, exit status 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)

@@ -5,8 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
+import data
+import models
 from images import folders
+from networks import fast
 from running import process
 from running.compute import Compute
 from running.process import InputError, one_line
@@ -94,7 +98,7 @@ def load_checkpoint(file: Path, *keys: str) -> dict:
     return values
 
 
-def load_best(folder: Path, build: Callable, compute: Compute) -> torch.nn.Module:
+def load_best(folder, build, compute):
     """Return the network in the best.pt of a run or a fold, in eval mode on the device. Raises InputError."""
     checkpoint = load_checkpoint(folder / "best.pt", "setting", "model")
     model = build(**checkpoint["setting"])
@@ -103,9 +107,62 @@ def load_best(folder: Path, build: Callable, compute: Compute) -> torch.nn.Modul
 
 
 def fold_folders(run: Path) -> dict:
-    """Return {number: folder} of the folds in a run's folder that have a best.pt."""
-    folders = {number: run / f"fold{number}" for number in range(1000)}
-    found = {number: folder for number, folder in folders.items() if (folder / "best.pt").is_file()}
+    """Return {number: folder} of the folds in a run's folder that have a best.pt; of a run without folds {0: run}."""
+    folders = {-1: run} | {number: run / f"fold{number}" for number in range(1000)}
+    found = {max(0, number): folder for number, folder in folders.items() if (folder / "best.pt").exists()}
     if not found:
-        raise InputError(f"{run}: has no fold with a best.pt; is it the folder of a classification run?")
+        raise InputError(f"{run}: holds no best.pt; is it the folder of a run that has ended an epoch?")
     return found
+
+
+def load_networks(run: Path, config: dict, compute: Compute) -> dict:
+    """Return {fold: network} of a run, in eval mode, of several folds with their ensemble as the last."""
+    segments = config["task"] == "seg"
+    build = models.build_segmenter if segments else models.build_classifier
+    networks = {f"fold{number}": fast.for_inference(load_best(folder, build, compute))
+                for number, folder in fold_folders(run).items()}
+    if len(networks) > 1:
+        networks["ensemble"] = models.Ensemble(networks.values(), one_class=segments)
+    return networks
+
+
+# --------------------------------------------------------------------------------------------------------- fine-tuning
+def start_of(weights: str) -> dict:
+    """Return the config.json of the earlier run that a value of --weights names, {} where it names none. Its `channel`
+    says by which names the stains are found in other files."""
+    if not (Path(weights) / "config.json").is_file():
+        return {}
+    config = read_config(Path(weights))
+    return config | {"channel": ",".join(data.stains(config))} if config["task"] == "seg" else config
+
+
+def start_from(model: nn.Module, build: Callable, found: dict, earlier: dict) -> None:
+    """Give a new network, of build(**found["setting"]), the weights of the best network of an earlier run, of the same
+    fold if it has that. found and earlier: what config.json holds of each.
+
+    The first convolution's weights are taken by the stains' names; for a stain that the run has not seen, the mean over
+    its stains, so that the sum stays what it was (as timm does from RGB to grey). The head's are taken by the classes'
+    names, those for others stay new.
+    """
+    folders = fold_folders(Path(found["weights_used"]))
+    folder = folders.get(found["fold"], folders[min(folders)])
+    saved = load_checkpoint(folder / "best.pt", "model")["model"]
+    setting = found["setting"]
+    more = {name: setting[name] + 3 for name in ("in_channels", "classes") if name in setting}
+    # its shapes tell which weights depend on stains and classes; of 3 channels some encoders have other layers
+    other = build(**setting | more).state_dict()
+    state = model.state_dict()
+    classes = [config.get("classes", range(config["setting"]["classes"])) for config in (found, earlier)]
+    for name in state.keys() & saved.keys():
+        own, given = state[name], saved[name]
+        if other[name].shape == own.shape:
+            own.copy_(given)
+            continue
+        wanted, known = classes
+        axis = 0
+        if len(other[name]) == len(own):  # the first convolution
+            axis, wanted, known = 1, found["channels"], earlier["channels"]
+            own[:] = given.sum(1, keepdim=True) / own.shape[1]
+        for place, what in enumerate(wanted):
+            if what in known:
+                own.select(axis, place).copy_(given.select(axis, known.index(what)))

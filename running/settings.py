@@ -1,13 +1,12 @@
 """The settings of a training: recipes, train.py's flags, and what may change when a run goes on."""
 import hashlib
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 
 import dedl
 import models
 from running import runs
-from running.compute import PRECISIONS
+from running.compute import add_compute
 from running.process import SEED, InputError, Parser, number
 
 # What a flag that is not given falls back to. paper: the published recipe. short: what worked best from random weights,
@@ -26,6 +25,7 @@ DEFAULTS = {
         "steps": (0, 0, 100),
         "depth": (3, 5, 5),
         "nuclei": ("mask", "auto", "auto"),
+        "folds": (1, 1, 1),
     },
     "cls": {
         "lr": (3e-4, 5e-4, 1e-3),
@@ -35,16 +35,21 @@ DEFAULTS = {
         "patience": (5, 0, 0),
         "class_weights": ("auto", "equal", "equal"),
         "image_size": (384, 160, 128),
+        "folds": (6, 6, 6),
     },
 }
 
+# settings that an earlier run, given as --weights, brings along
+OF_NETWORK = ("task", "arch", "encoder", "depth", "model", "image_size")
+FINE_TUNE = 0.3  # times the recipe's learning rate, where --weights is an earlier run
 PLACE = ("out", "resume", "workers", "device", "amp", "fold")  # may differ when a run goes on
 
 
-def make_parser(description: str | None, tasks: Iterable = DEFAULTS) -> Parser:
+def make_parser(description, tasks=DEFAULTS):
     """Return the parser of train.py's flags: the common ones and those of the tasks."""
     parser = Parser(description=description)
     _add_common(parser.add_argument)
+    _add_more(parser.add_argument_group("finer settings").add_argument)
     if "seg" in tasks:
         _add_segmentation(parser.add_argument_group("--task seg").add_argument)
     if "cls" in tasks:
@@ -62,12 +67,22 @@ def _add_common(add):
     add("--task", choices=list(DEFAULTS), help="seg: segment nuclei; cls: classify phenotypes [seg]")
     add("--data", type=Path, help="data folder [the built-in synthetic set, made on first use]")
     add("--out", type=Path, help="the run's folder [runs/<name that tells the setting>; to resume: the newest]")
-    add("--recipe", choices=["paper", "short"],
-        help="the optimizer, its schedule, the augmentation, of seg the loss's sum or mean, and defaults of the next "
-             "flags [seg: short, cls: paper; without --data short, made shorter]")
     add("--epochs", type=number(int, 1), help=_default("epochs"))
+    add("--weights", default="auto", metavar="auto|imagenet|none|FILE|RUN",
+        help="the first weights of the encoder or the classifier; auto: ImageNet's if they can be had, else random "
+             "ones; RUN: the whole network of an earlier run, its folder, to train on [auto]")
+    add("--folds", type=number(int, 1),
+        help="of a cross-validation inside the training rows; 1: none, the validation rows validate [seg 1, cls 6]")
+    add("--resume", action="store_true", help="go on from the run's last.pt, with the settings it was started with")
+
+
+def _add_more(add):
+    add("--recipe", choices=["paper", "short"],
+        help="the optimizer, its schedule, the augmentation, of seg the loss's sum or mean, and defaults of other "
+             "flags [seg: short, cls: paper; without --data short, made shorter]")
     add("--batch-size", type=number(int, 1), help=f"tiles or images a step {_default('batch_size')}")
-    add("--lr", type=number(float, 1e-12), help=f"largest learning rate {_default('lr')}")
+    add("--lr", type=number(float, 1e-12),
+        help=f"largest learning rate; with --weights RUN {FINE_TUNE} of it {_default('lr')}")
     add("--weight-decay", type=number(float, 0), help=f"of short: decoupled {_default('weight_decay')}")
     add("--patience", type=number(int, 0),
         help=f"stop after this many epochs without a better validation score; 0: never {_default('patience')}")
@@ -75,18 +90,13 @@ def _add_common(add):
         help="of the classes in the loss; auto: by their frequency in training; published: the paper's; or numbers: "
              "background,nucleus[,border] for seg, the classes in alphabetical order for cls "
              + _default("class_weights"))
+    add("--fold", type=number(int, 0), help="train this fold alone, 0 to folds - 1 [all, one after another]")
+    add("--limit-train", type=number(int, 1), help="use so many training images, drawn by --seed")
     add("--seed", type=SEED, default=77, help="[77]")
     add("--workers", type=number(int, 0, 256), help="loader processes [0 on a CPU, else up to 4]")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="[auto]")
-    add("--amp", choices=["auto", *PRECISIONS], default="auto",
-        help="mixed precision; auto: on a CPU bf16 if a convolution, timed at the start, is faster in it [auto]")
     add("--compile", action="store_true",
         help="compile the network with torch.compile; each epoch then leaves out what fills no whole batch")
-    add("--weights", default="auto", metavar="auto|imagenet|none|FILE",
-        help="the first weights of the encoder or the classifier; auto: ImageNet's if they can be had, else random "
-             "ones [auto]")
-    add("--limit-train", type=number(int, 1), help="use so many training images, drawn by --seed")
-    add("--resume", action="store_true", help="go on from the run's last.pt, with the settings it was started with")
+    add_compute(add)
 
 
 def _add_segmentation(add):
@@ -108,14 +118,11 @@ def _add_segmentation(add):
 def _add_classification(add):
     add("--model", default="resnet18", help="a timm model [resnet18]")
     add("--image-size", type=number(int, 32, 4096), help=f"side of an image in pixels {_default('image_size')}")
-    add("--folds", type=number(int, 1), default=6,
-        help="of the cross-validation inside the training rows; 1: none, the validation rows validate [6]")
-    add("--fold", type=number(int, 0), help="train this fold alone, 0 to folds - 1 [all, one after another]")
     add("--gamma", type=number(float, 0, 100), default=2.0, help="of the focal loss; 0: binary cross-entropy [2]")
     add("--swa", action="store_true", help="average the weights over the last quarter of the epochs")
 
 
-def class_weights(text: str) -> str | list:
+def class_weights(text):
     """Return the value of --class-weights: auto, equal, published or a list of numbers."""
     if text in ("auto", "equal", "published"):
         return text
@@ -131,21 +138,32 @@ def parse_args(argv: list | None = None, description: str | None = None) -> Name
     if args.resume:
         args.out = args.out or runs.newest_run("config.json")
         saved = runs.read_config(args.out)
-    task = args.task or saved.get("task", "seg")
+    start = {} if args.resume else runs.start_of(args.weights)
+    task = args.task or (saved or start).get("task", "seg")
     parser = make_parser(description, [task])  # it knows no flag of the other task
     kept = vars(args).keys() & saved.keys() - {"workers", "fold"}
     parser.set_defaults(**{name: saved[name] for name in kept})
+    parser.set_defaults(**{name: start[name] for name in (*OF_NETWORK, "channel") if name in start})
     parser.set_defaults(out=args.out, task=task)
     args = parser.parse_args(argv)
+    lowers = start and args.lr is None
     _fill_in_recipe(args)
+    if lowers:
+        args.lr *= FINE_TUNE
+    for name in OF_NETWORK:
+        if start and vars(args).get(name) != start.get(name):
+            parser.error(f"argument --weights: {args.weights} was trained with --{name.replace('_', '-')} "
+                         f"{start.get(name)}")
     if args.data:
         args.data = args.data.resolve()
+    if start:
+        args.weights = str(Path(args.weights).resolve())
     if saved:
         refuse_other_settings(args, saved, (*PLACE, "data", "epochs", "patience"))
     if args.task == "seg" and args.tile < 2 ** (args.depth + 1):
         parser.error(f"argument --tile: {args.tile} is too small for depth {args.depth}; take {2 ** (args.depth + 1)}")
-    if args.task == "cls" and args.fold is not None and args.fold >= args.folds:
-        parser.error(f"argument --fold: {args.fold} is not one of the {args.folds} folds, 0 to {args.folds - 1}")
+    if args.fold is not None and (args.folds == 1 or args.fold >= args.folds):
+        parser.error(f"argument --fold: {args.fold} is not one of several folds, 0 to {args.folds - 1} (--folds)")
     return args
 
 
@@ -184,6 +202,5 @@ def how_to_go_on(args: Namespace) -> str:
     """Return what an interruption prints at the end."""
     if not args.out or not (args.out / "config.json").is_file():
         return "interrupted before the first epoch; nothing is saved"
-    fold = vars(args).get("fold")
-    fold = "" if fold is None else f" --fold {fold}"
+    fold = "" if args.fold is None else f" --fold {args.fold}"
     return f"interrupted; finished epochs are saved; go on with: python train.py --resume --out {args.out}{fold}"

@@ -154,7 +154,7 @@ BAD = [
     ("seg", ["--model", "resnet34"], None, "unrecognized arguments: --model resnet34"),
     *[("cls", [flag, value], None, flag.strip("-") if flag == "--model" else flag) for flag, *values in CLS_FLAGS
       for value in values],
-    ("cls", ["--fold", "3"], None, "argument --fold: 3 is not one of the 3 folds, 0 to 2"),
+    ("cls", ["--fold", "3"], None, "argument --fold: 3 is not one of several folds, 0 to 2"),
     ("cls", ["--class-weights", "1,2"], None, "gives 2 weights for blue, green, red; it must be one for each"),
     ("cls", ["--model", "resnet18.nonsense"], None, "model 'resnet18.nonsense' is not a timm model; near it: resnet18"),
     ("cls", ["--model", "coatnet_0_rw_224", "--image-size", "40"], None, "cannot classify images of 40 x 40"),
@@ -164,8 +164,8 @@ BAD = [
      "holds images or masks already"),
     ("test", ["{cls}", "--channel", "DAPI"], None, "is a classification; it takes no --"),
     ("test", ["{seg}", "{seg}", "--save-masks", "{tmp}/masks"], None, "takes one run"),
-    ("test", ["{seg}", "--ring", "3"], None, "--ring or --rois: is for what --images writes"),
-    ("test", ["{seg}", "--rois"], None, "--ring or --rois: is for what --images writes"),
+    ("test", ["{seg}", "--ring", "3"], None, "--ring, --rois or --geojson: is for what --images writes"),
+    ("test", ["{seg}", "--rois"], None, "--ring, --rois or --geojson: is for what --images writes"),
     ("test", ["{cls}", "--save-masks", "{tmp}/masks"], None, "is a classification; it takes no --"),
     ("test", ["{cls}", "--images", "{coloured}", "--data", "{coloured}"], None, "leave --data out"),
     ("test", ["{cls}", "--images", "{coloured}", "{cls}"], None, "is the folder of a run; name runs before --images"),
@@ -276,7 +276,7 @@ BAD = [
     *[("resume", ["--out", "{seg}"], spoil("seg/last.pt", content), f"seg/last.pt: {message}")
       for content, message in ((b"", "is not a checkpoint"), (lambda text: text[:-50], "is not a checkpoint"))],
     ("test", ["{cls}"], lambda at: [shutil.rmtree(at.tmp / "cls" / f"fold{k}") for k in range(3)],
-     "has no fold with a best.pt"),
+     "holds no best.pt"),
     ("test", ["{cls}"], spoil("cls/fold2/best.pt", lambda text: text[:3000]), "fold2/best.pt: is not a checkpoint"),
     ("resume", ["--task", "cls", "--out", "{cls}"], spoil("cls/fold2/last.pt", b"x"), "fold2/last.pt: is not a check"),
 ]

@@ -8,7 +8,7 @@ import torch
 import models
 import test
 from networks import fast
-from running import export, runs
+from running import runs
 from running.compute import Compute
 
 CPU = Compute(torch.device("cpu"), "off")
@@ -82,7 +82,7 @@ def test_a_segmentation_works_without_the_project(arch, depth, encoder, script, 
 def test_folds_become_one_network(cross_validated, script, tmp_path):
     run, _ = cross_validated
     status, out, _ = script(test, run, "--export", tmp_path / "model.pt2", "--device", "cpu")
-    assert status == 0 and "(N, 3, 32, 32), RGB in [0, 1]" in out and "mean of 3 folds" in out
+    assert status == 0 and "(N, 3, 32, 32), RGB in [0, 1]" in out and "mean of the folds" in out
     images = [torch.rand(n, 3, 32, 32) for n in (1, 4)]
     found = map(torch.export.load(tmp_path / "model.pt2").module(), images)
     folds = [runs.load_best(folder, models.build_classifier, CPU)
@@ -102,7 +102,7 @@ def test_an_ensemble_is_sure_without_overflow_and_one_fold_is_itself():
             return image[:, 0, 0, :1] * 0 + self.value
 
     def of(*values):
-        return export.Ensemble([Constant(value) for value in values])(torch.rand(1, 3, 4, 4)).item()
+        return models.Ensemble([Constant(value) for value in values])(torch.rand(1, 3, 4, 4)).item()
     assert of(40.0, 40.0) == pytest.approx(40) and of(-200.0, -200.0) == pytest.approx(-200)
     assert of(0.3) == pytest.approx(0.3) and of(-1.0, 1.0) == pytest.approx(0, abs=1e-6)
 

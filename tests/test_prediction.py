@@ -276,8 +276,8 @@ def test_files_without_stains_have_none_to_remember(tiny):
         image.save(tiny / "field1.tif")
     (tiny / "segmentation.csv").write_text((tiny / "segmentation.csv").read_text().replace("field1.png", "field1.tif"))
     fields = data.read_fields(manifests.find_records(tiny)[0], ("0",))
-    assert {data.stains(("0",), field.channels) for field in fields} == {("0",)}
-    assert data.stains(("1", "PD1"), ("CD4", "PD1")) == ("CD4", "PD1")
+    assert {data.stains({"channel": "0", "channels": field.channels}) for field in fields} == {("0",)}
+    assert data.stains({"channel": "1,PD1", "channels": ["CD4", "PD1"]}) == ("CD4", "PD1")
 
 
 def imagej_stack(path, axes="CYX", count=3, **metadata):
@@ -442,7 +442,7 @@ def test_cross_validations_are_compared_on_the_validation_parts_of_their_folds(c
                 right, labels, found = right + len(truth & guess), labels + len(truth), found + len(guess)
     status, out, err = script(test, run, run)
     assert status == 0 and not list(run.glob("test.*")), err
-    assert f"{run} on the validation parts of its 3 folds: micro F1 {2 * right / (labels + found):.4f}\n" in out
+    assert f"{run} on the validation parts of its 3 folds: f1_micro {2 * right / (labels + found):.4f}\n" in out
     assert out.splitlines()[-1].split()[0] == f"{2 * right / (labels + found):.4f}"
     status, out, err = script(test, run, run, "--split", "test")
     assert status == 0 and "on the test split of" in out and (run / "test.json").is_file(), err

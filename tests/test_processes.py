@@ -10,7 +10,6 @@ import torch
 from conftest import CLASSIFY, ROOT, TRAIN
 
 import data
-import dedl
 import models
 import train
 from images import manifests
@@ -63,10 +62,10 @@ def test_a_segmentation_goes_on_in_two_processes(tiny, script, tmp_path):
     model.load_state_dict(last["model"])
     records = [record for record in manifests.find_records(tiny)[0] if record.split == "validation"]
     fields = data.read_fields(records)
-    counts, loss, _ = prediction.evaluate(fast.for_inference(model), fields, compute.choose_compute("cpu", "off"),
-                                          config["class_weights_used"])
-    assert float(rows[-1]["val_iou"]) == pytest.approx(dedl.segmentation_scores(counts)["iou"], abs=1e-6)
-    assert float(rows[-1]["val_loss"]) == pytest.approx(loss, rel=1e-5)
+    measured = prediction.measure(fast.for_inference(model), fields, config["nucleus"],
+                                  compute.choose_compute("cpu", "off"), config["class_weights_used"])
+    assert float(rows[-1]["val_iou"]) == pytest.approx(measured.scores["iou"], abs=1e-6)
+    assert float(rows[-1]["val_loss"]) == pytest.approx(measured.loss, rel=1e-5)
     assert config["processes"] == 2 and (run / "samples.png").is_file()
 
 
@@ -77,12 +76,12 @@ sys.path.insert(0, {str(ROOT)!r})
 import train
 from running import prediction, process
 from running.process import InputError
-whole = prediction.evaluate
-def evaluate(*inputs):
+whole = prediction.measure
+def measure(*inputs):
     if process.rank() == 1:
         raise InputError("the second process has a reason")
     return whole(*inputs)
-prediction.evaluate = evaluate
+prediction.measure = measure
 process.command(train.main)
 """)
     ended = torchrun(failing, "--data", tiny, *TRAIN, "--encoder", "test_resnet", "--out", tmp_path / "run")

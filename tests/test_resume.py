@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import CLASSIFY, THREADS, TRAIN
 
+import data
 import test
 import train
 from running import prediction, process, runs
@@ -47,7 +48,7 @@ def train_and_die(arguments, when, name, number):
     """Runs train.py and kills it before, within or after writing the `number`th file of this name; name "step" or
     "validation": at the `number`th of these."""
     torch.set_num_threads(THREADS)
-    seen, whole, combine, evaluate = [], process.replacing, process.combine, prediction.evaluate
+    seen, whole, combine, evaluate = [], process.replacing, process.combine, prediction.measure
 
     def count(event):
         seen.append(event)
@@ -69,7 +70,7 @@ def train_and_die(arguments, when, name, number):
         return call
 
     process.replacing, process.combine = replacing, at("step", combine)
-    prediction.evaluate = at("validation", evaluate)
+    prediction.measure = at("validation", evaluate)
     process.command(train.main, arguments, less_memory=train.LESS_MEMORY)
 
 
@@ -217,7 +218,7 @@ def test_going_on_keeps_precision_and_device(tiny, script, tmp_path):
 def test_interrupted_before_anything_is_saved(tiny, script, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(train, "load_splits", interrupted)
+    monkeypatch.setattr(data, "read_fields", interrupted)
     status, _, err = script(train, "--data", tiny, *TRAIN, "--out", tmp_path / "run")
     assert status == 130 and err == "interrupted before the first epoch; nothing is saved\n"
 

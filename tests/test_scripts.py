@@ -72,18 +72,20 @@ def test_app_is_nowhere_in_the_saved_network(finished, tiny, tmp_path):
 def test_best_is_the_epoch_with_the_best_validation_iou(tiny, tmp_path, monkeypatch):
     ious = iter([0.5, 0.9, 0.1, 0.8, 0.7])
 
-    def evaluate(model, fields, *_):
+    def measure(model, fields, *_):
         iou = round(1000 * next(ious))
-        masks = [field.mask[None].float() for field in fields]
-        return torch.tensor([[iou, 1000 - iou, 0, 0]] * len(fields)), 1.0, masks
+        labels = [field.labels for field in fields]
+        matched = [dedl.match_nuclei(own, own) for own in labels]
+        counts = torch.tensor([[iou, 1000 - iou, 0, 0]] * len(fields))
+        return prediction.Measured(counts, [], labels, matched, 1.0)
 
-    monkeypatch.setattr(prediction, "evaluate", evaluate)
+    monkeypatch.setattr(prediction, "measure", measure)
     train.main(["--data", str(tiny), "--out", str(tmp_path / "run"), *SMALL, "--nuclei", "mask", "--epochs", "9",
                 "--patience", "2"])
     best, last = (torch.load(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
     assert best["epoch"] == 2 and best["val_iou"] == 0.9
     assert [row["val_iou"] for row in last["state"].pop("history")] == [0.5, 0.9, 0.1, 0.8]
-    assert last["state"] == {"epoch": 4, "best": 0.9, "best_loss": 1.0, "stale": 2}
+    assert last["state"] == {"epoch": 4, "best": 0.9, "best_loss": 1.0, "stale": 2, "later": 0}
     assert not torch.equal(best["model"]["head.weight"], last["model"]["head.weight"])
 
 
@@ -251,15 +253,15 @@ def test_scores_of_images_of_several_sizes():
         def forward(self, images):
             return torch.cat([1 - images, images], 1)
 
-    counts, loss, probabilities = prediction.evaluate(Threshold(), fields, CPU, [1.0, 1.0])
+    measured = prediction.measure(Threshold(), fields, {"median_diameter": 5, "smallest": 1}, CPU, [1.0, 1.0])
     sums = 0
-    for field, probability, count in zip(fields, probabilities, counts, strict=True):
+    for field, probability, count in zip(fields, measured.probabilities, measured.counts, strict=True):
         image = field.window()
         torch.testing.assert_close(probability, torch.sigmoid(2 * image - 1))
         assert torch.equal(count, dedl.confusion(image[0] > 0.5, field.mask))
         logits = torch.cat([1 - image, image])[None]
         sums += torch.nn.functional.cross_entropy(logits, field.mask[None].long(), reduction="sum").item()
-    assert loss == pytest.approx(sums / sum(field.mask.numel() for field in fields), rel=1e-4)
+    assert measured.loss == pytest.approx(sums / sum(field.mask.numel() for field in fields), rel=1e-4)
 
 
 def test_tta_is_reported_and_recorded(finished, script, tmp_path):
