@@ -137,7 +137,7 @@ def parse_args(argv: list | None = None, description: str | None = None) -> Name
     saved = {}
     if args.resume:
         args.out = args.out or runs.newest_run("config.json")
-        saved = runs.read_config(args.out)
+        saved = {"folds": 1} | runs.read_config(args.out)  # segmentations of earlier versions do not say so
     start = {} if args.resume else runs.start_of(args.weights)
     task = args.task or (saved or start).get("task", "seg")
     parser = make_parser(description, [task])  # it knows no flag of the other task

@@ -507,3 +507,13 @@ def test_geojson_has_a_polygon_a_nucleus(finished, script, tmp_path):
     assert (tmp_path / "out" / "field1.geojson").is_file()
     assert script(test, run, "--geojson", "--save-masks", tmp_path / "m")[0] == 0
     assert len(list((tmp_path / "m").glob("*.geojson"))) == 3
+
+
+def test_a_run_of_the_version_without_folds_goes_on(tiny, script, tmp_path):
+    run = tmp_path / "run"
+    assert script(train, "--data", tiny, *TRAIN, "--out", run)[0] == 0
+    config = runs.read_config(run)
+    del config["folds"]
+    runs.save_json(config, run / "config.json")
+    status, out, err = script(train, "--resume", "--out", run, "--epochs", 2)
+    assert status == 0 and "going on after epoch 1" in out, err
