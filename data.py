@@ -30,6 +30,7 @@ from running import process
 from running.process import InputError, progress
 
 ROTATION = 10                 # degrees
+NOISE = 0.05                  # the largest deviation of what is added to a tile
 EMPTY = 0.02                  # of the tiles are made to show background alone
 PUBLISHED_ROTATION = 3        # degrees, of the authors' notebooks
 
@@ -50,12 +51,12 @@ def tile_augmentation(recipe, tile):
     if recipe == "paper":
         return v2.Compose([v2.RandomRotation(PUBLISHED_ROTATION), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
     return v2.Compose([
-        v2.RandomApply([v2.RandomRotation(ROTATION, v2.InterpolationMode.BILINEAR)], p=0.5),
+        v2.RandomApply([v2.RandomRotation(ROTATION, v2.InterpolationMode.BILINEAR)]),
         v2.CenterCrop(tile),
         v2.RandomHorizontalFlip(),
         v2.RandomVerticalFlip(),
         # a transposition in half of the cases: with both flips all eight ways to lay a square
-        v2.RandomApply([v2.Lambda(partial(torch.transpose, dim0=-2, dim1=-1))], p=0.5),
+        v2.RandomApply([v2.Lambda(partial(torch.transpose, dim0=-2, dim1=-1))]),
     ])
 
 
@@ -73,7 +74,7 @@ IMAGE_AUGMENTATIONS = {
             v2.ColorJitter(0.2, 0.2),
             v2.RandomPerspective(0.2),
             v2.RandomAffine(15, (0.1, 0.1), (0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
-        ], p=0.5),
+        ]),
         v2.RandomVerticalFlip(),
         v2.RandomHorizontalFlip(),
     ]),
@@ -145,21 +146,20 @@ class Crops(Dataset):
                     image, truth = random_tile(self.fields[i], self.truths[i], self.tile)
                 image, truth = self.augment(tv_tensors.Image(image), tv_tensors.Mask(truth))
                 image, truth = image.as_subclass(torch.Tensor), truth.as_subclass(torch.Tensor).long()
-            if not self.published and torch.rand(()) < EMPTY and not truth.all():
-                image, truth = emptied(image, truth)
+            if not self.published:
+                if torch.rand(()) < EMPTY and not truth.all():
+                    image, truth = emptied(image, truth)
+                image = image + NOISE * torch.rand(()) * torch.randn(image.shape)
         return image, truth
 
 
 def random_tile(field, truth, tile):
     """Return a random tile of image (C, S, S) float32 and truth (S, S) uint8, with the margin that a rotation needs: S
-    is tile * (cos + sin) of the largest angle. Beyond the border the image is mirrored. Some of it is annotated."""
+    is tile * (cos + sin) of the largest angle. Beyond the border the image is mirrored."""
     angle = math.radians(ROTATION)
     margin = math.ceil(tile * (math.cos(angle) + math.sin(angle) - 1) / 2)
-    part = torch.tensor(dedl.IGNORED)
-    while (part == dedl.IGNORED).all():
-        rows, columns = (mirrored_window(size, tile, margin) for size in field.shape)
-        part = truth[rows[:, None], columns]
-    return field.window(rows, columns), part
+    rows, columns = (mirrored_window(size, tile, margin) for size in field.shape)
+    return field.window(rows, columns), truth[rows[:, None], columns]
 
 
 def emptied(image, truth):

@@ -6,8 +6,9 @@ Images", arXiv 2207.06489.
 Shapes: N images, C classes (background, nucleus, of 3 also border), H x W pixels. logits z (N, C, H, W), truth y
 (N, H, W) of class indices, IGNORED where nobody annotated, one-hot truth Y (N, C, H, W), class weights w (C,).
 
-The loss of a training step is   L = CE_w(z, y) + app_weight * penalty + own   with (penalty, own) from one of the forms
-below. CE_w is the mean over annotated pixels; `--recipe paper` multiplies L by the pixels' summed weight, as published.
+The loss of a training step is   L = CE_w(z, y) + dice + app_weight * penalty + own   with (penalty, own) from one of
+the forms below. CE_w is the mean over annotated pixels, dice is dice_loss. `--recipe paper` has no dice, and multiplies
+L by the pixels' summed weight, as published.
 
 conv (this project's form). A convolutional autoencoder D(E(.)) learns what masks look like; its encoder E says how far
 the prediction is from the truth as a *shape*:
@@ -132,10 +133,7 @@ class ConvAPP(nn.Module):
         self.register_buffer("covariance", torch.eye(channels))
 
     def forward(self, logits, truth, class_weights=None):
-        classes = torch.arange(logits.shape[1], device=truth.device)[:, None, None]
-        ignored = truth[:, None] == IGNORED                                            # (N, 1, H, W)
-        # ignored pixels count as background in the truth, and as that in the prediction too
-        one_hot = (truth[:, None].masked_fill(ignored, 0) == classes).float()          # (N, C, H, W)
+        predicted, one_hot = masks(logits, truth)                                      # (N, C, H, W) each
         embedding = self.autoencoder.encode(one_hot)                                   # (N, K, H/8, W/8)
         reconstruction = self.autoencoder.decode(embedding, truth.shape[-2:])          # (N, C, H, W)
         own = F.cross_entropy(reconstruction.float(), truth, ignore_index=IGNORED)
@@ -143,7 +141,6 @@ class ConvAPP(nn.Module):
         # In this call E's weights are constants, also in the backward pass that comes after they learn again: the
         # gradient passes through E to the logits.
         self.autoencoder.requires_grad_(False)
-        predicted = torch.where(ignored, one_hot, logits.softmax(1))                   # (N, C, H, W)
         apart = self.autoencoder.encode(predicted).float() - target                    # (N, K, H/8, W/8)
         self.autoencoder.requires_grad_(True)
         apart = apart.movedim(1, -1)                                                   # (N, H/8, W/8, K)
@@ -193,6 +190,27 @@ def app_optimizer(app: nn.Module) -> torch.optim.Optimizer:
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
+def masks(logits: Tensor, truth: Tensor) -> tuple:
+    """Return class probabilities and true masks, (N, C, H, W) each in [0, 1], of logits (N, C, H, W) and truth
+    (N, H, W). IGNORED pixels are background in both."""
+    classes = torch.arange(logits.shape[1], device=truth.device)[:, None, None]
+    ignored = truth[:, None] == IGNORED                                                 # (N, 1, H, W)
+    one_hot = (truth[:, None].masked_fill(ignored, 0) == classes).float()               # (N, C, H, W)
+    return torch.where(ignored, one_hot, logits.softmax(1)), one_hot
+
+
+def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Return the soft Dice loss (Milletari et al. 2016, arXiv 1606.04797) of logits (N, C, H, W) and truth (N, H, W), a
+    scalar in [0, 1]: the mean over images and classes of 1 - 2 * sum(p * Y) / (sum(p) + sum(Y)), sums over pixels.
+
+    In it a class counts as much as another one, however few its pixels. One that an image has not gives no gradient.
+    """
+    predicted, one_hot = masks(logits, truth)                                           # (N, C, H, W) each
+    shared = (predicted * one_hot).sum((2, 3))                                          # (N, C)
+    areas = (predicted + one_hot).sum((2, 3))                                           # (N, C)
+    return 1 - (2 * shared / areas.clamp(min=1)).mean()
+
+
 class FocalLoss(nn.Module):
     """Focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5) of multi-label logits, mean over images and classes:
 

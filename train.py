@@ -34,7 +34,7 @@ from running.compute import choose_compute
 from running.process import InputError, note, progress
 from running.settings import digest, how_to_go_on, parse_args, refuse_other_data, refuse_other_settings
 
-SWA_SHARE, SWA_RATE = 0.25, 0.25  # --swa averages over the last quarter of the epochs, at a quarter of the largest rate
+DECAY = 0.99  # of the average of the weights, a step
 LESS_MEMORY = "lower --batch-size, then --tile or --image-size; or take a smaller --encoder or --model, --depth 5, " \
               "or --amp bf16"
 # of the loop; stale: epochs since the best one, history: the rows of metrics.csv, later: folds to come. The learning
@@ -100,8 +100,7 @@ def train_segmentation(args, compute):
 
 def segmentation_losses(class_weights, args):
     """Return APP's module, None without it, and a function that gives a step's losses: first the one to minimise, then
-    cross-entropy and penalty, which are only shown. A further term of `loss` is in neither train_loss nor val_loss:
-    these stay the cross-entropy."""
+    cross-entropy and penalty, which are only shown: train_loss and val_loss are the cross-entropy."""
     app = dedl.build_app(args.app, args.tile, len(class_weights), args.app_activation)
 
     def losses_of(logits, truth, share):
@@ -110,8 +109,9 @@ def segmentation_losses(class_weights, args):
         if app:
             penalty, own = app(logits, truth, class_weights)
         loss = cross_entropy + args.app_weight * penalty + own
-        # so far means over pixels; paper: the sum, since to a mean Adam's weight decay would be a million times larger
-        if args.recipe == "paper":
+        if args.recipe == "short":
+            loss = loss + dedl.dice_loss(logits, truth)
+        else:  # the sum over pixels, since to their mean Adam's weight decay would be a million times larger
             total = class_weights[truth[truth != dedl.IGNORED]].sum()
             loss = loss * total / share  # gradients are weighted by their process's share
         return loss, cross_entropy, penalty
@@ -221,21 +221,6 @@ def validate_images(labelled, indices, focal, compute, model, out):
     return row, {"probabilities": probabilities, "truth": truth}, save
 
 
-def averages(epoch, args):
-    """Return whether --swa averages the weights after the epoch that begins at `epoch`, counted from 0."""
-    return args.task == "cls" and args.swa and epoch >= args.epochs - max(1, round(SWA_SHARE * args.epochs))
-
-
-def update_average(parts, loader, compute):
-    """Take the weights into the average, and its BatchNorms' statistics anew. Return the averaged network."""
-    average = parts["average"]
-    average.update_parameters(parts["model"])
-    with compute.autocast():
-        swa_utils.update_bn(progress(loader, "BatchNorm", "batch"), average, compute.device)
-    process.combine(average.buffers(), 1 / process.world())
-    return average.module
-
-
 # --------------------------------------------------------------------------------------------- shared by both trainings
 def find_run(args, name):
     """Set args.out where it is not given. Return the records of the data folder, and what is found so far of the run's
@@ -306,16 +291,11 @@ def train_fold(build, found, images, count, losses, validate, score, text, recor
 
     # 2. the loop
     state = begin_or_resume(out, parts) | {"later": args.folds - 1 - number if args.fold is None else 0}
-    while unfinished(state, args):
+    while state["epoch"] < args.epochs and state["stale"] < (args.patience or math.inf):
         started = time.perf_counter()
         loader = make_loader(images, count, args, compute, state)
         means = train_epoch(parts, loader, losses_of, compute, state, args)
-        network = model
-        if averages(state["epoch"], args):  # from here on the average is what is validated and kept
-            if not averages(state["epoch"] - 1, args):  # the first of them
-                parts["average"].n_averaged.zero_()
-                state = state | {"best": START["best"]}
-            network = update_average(parts, loader, compute)
+        network = parts["average"].module if "average" in parts else model
         row, validation, save = validate(network, out)
         row = {"train_loss": means[0]} | row | dict(zip(["train_loss", "app_penalty"], means))
         # before best.pt: what an interruption in between leaves out is made again
@@ -362,7 +342,6 @@ def save_config(args, compute, parts, records, **found):
             "timm": timm.__version__,
             "numpy": np.__version__,
         },
-        "threads": torch.get_num_threads(),
         "processes": process.world(),
     }
     if process.rank() == 0:
@@ -383,16 +362,22 @@ def make_parts(model, app, args, compute):
     if app:
         parts["app"] = app.to(compute.device)
         parts["app_optimizer"] = dedl.app_optimizer(app)
-    if args.task == "cls" and args.swa:
-        parts["average"] = swa_utils.AveragedModel(model)
+    if vars(args).get("swa", args.recipe == "short"):
+        parts["average"] = swa_utils.AveragedModel(model, multi_avg_fn=moving_average, use_buffers=True)
     if args.compile:
         model.compile()
     return parts
 
 
+def moving_average(average, weights, steps):
+    """Move the average, a list of tensors, towards the weights; quickly in the first of so many steps."""
+    decay = min(DECAY, (1 + steps.item()) / (10 + steps.item()))
+    swa_utils.get_ema_multi_avg_fn(decay)(average, weights, steps)
+
+
 def trained(parts):
-    """Return the network and, of a segmentation, the autoencoder."""
-    return torch.nn.ModuleList([parts[name] for name in ("model", "app") if name in parts])
+    """Return the network, of a segmentation the autoencoder, and the average of the network."""
+    return torch.nn.ModuleList([parts[name] for name in ("model", "app", "average") if name in parts])
 
 
 def make_loader(dataset, count, args, compute, state):
@@ -402,19 +387,11 @@ def make_loader(dataset, count, args, compute, state):
     dataset.epoch = state["epoch"] + 1
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + dataset.epoch)
     sampler = RandomSampler(dataset, num_samples=count, generator=generator)
-    rest = count % args.batch_size
-    drop_last = count > args.batch_size and (args.compile or rest < 2 * process.world())
+    drop_last = count > args.batch_size and (args.compile or count % args.batch_size < 2 * process.world())
     batches = BatchSampler(sampler, args.batch_size, drop_last)
     own = [batch[process.rank()::process.world()] for batch in batches]
-    on_gpu = compute.device.type == "cuda"
-    return DataLoader(dataset, batch_sampler=own, num_workers=args.workers, generator=generator, pin_memory=on_gpu)
-
-
-def unfinished(state, args):
-    stopped = args.patience and state["stale"] >= args.patience
-    if args.task == "cls" and args.swa:  # the average comes last
-        stopped = False
-    return state["epoch"] < args.epochs and not stopped
+    return DataLoader(dataset, batch_sampler=own, num_workers=args.workers, generator=generator,
+                      pin_memory=compute.device.type == "cuda")
 
 
 def train_epoch(parts, loader, losses_of, compute, state, args):
@@ -423,60 +400,70 @@ def train_epoch(parts, loader, losses_of, compute, state, args):
     # dropout and its like draw anew in each epoch, so that a resumed run draws the same
     epoch = state["epoch"]
     torch.manual_seed(args.seed * 1_000_003 + epoch * 1000 + process.rank())
-    model = parts["model"].train()
-    scaler = parts["scaler"]
-    optimizers = [parts[name] for name in ("optimizer", "app_optimizer") if name in parts]
-    weights = list(trained(parts).parameters())
+    parts["model"].train()
     sums = seen = 0
     before = epoch * len(loader)
     whole = before + epochs_left(state, args) * len(loader)  # so that the bar tells the time left of the run
     bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}", "tile" if args.task == "seg" else "image", total=whole,
                    initial=before, unit_scale=args.batch_size)
-    for step, (images, truth) in enumerate(bar):
-        for group in parts["optimizer"].param_groups:
-            group["lr"] = learning_rate(args, epoch + step / len(loader))
-        images = compute.batch(images)                              # (N, C, tile, tile) or (N, 3, S, S)
-        truth = truth.to(compute.device, non_blocking=True)         # (N, tile, tile) or (N, classes)
-        share = len(images) / process.total(torch.tensor(len(images))).item()  # of the batch, this process's
-        with compute.autocast():
-            logits = model(images).float()                          # (N, classes, tile, tile) or (N, classes)
-            loss, *shown = losses_of(logits, truth, share)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        process.combine([weight.grad for weight in weights if weight.grad is not None], share)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-        scaler.update()
+    for step, batch in enumerate(bar):
+        rate = learning_rate(args, epoch + step / len(loader))
+        loss, *shown = train_step(parts, batch, losses_of, rate, compute)
         if not loss.isfinite():
             raise InputError(f"the loss is not finite in epoch {epoch + 1}, batch {step + 1}; lower --lr or use --amp "
                              f"off; finished epochs are saved")
-        sums = sums + torch.stack(shown).detach() * len(images)
-        seen += len(images)
+        count = len(batch[0])
+        sums = sums + torch.stack(shown).detach() * count
+        seen += count
         bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}", refresh=False)
     process.combine(trained(parts).buffers(), 1 / process.world())  # each process has BatchNorm statistics of its own
     *sums, seen = process.total(torch.cat([sums, sums.new_tensor([seen])])).tolist()
     return [value / seen for value in sums]
 
 
+def train_step(parts, batch, losses_of, rate, compute):
+    """Learn from a batch, images and truth, at this learning rate. Return what losses_of gave."""
+    model = parts["model"]
+    scaler = parts["scaler"]
+    optimizers = [parts[name] for name in ("optimizer", "app_optimizer") if name in parts]
+    for group in parts["optimizer"].param_groups:
+        group["lr"] = rate
+    images, truth = batch
+    images = compute.batch(images)                                  # (N, C, tile, tile) or (N, 3, S, S)
+    truth = truth.to(compute.device, non_blocking=True)             # (N, tile, tile) or (N, classes)
+    share = len(images) / process.total(torch.tensor(len(images))).item()  # of the batch, this process's
+    with compute.autocast():
+        logits = model(images).float()                              # (N, classes, tile, tile) or (N, classes)
+        losses = losses_of(logits, truth, share)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    scaler.scale(losses[0]).backward()
+    process.combine([weight.grad for weight in trained(parts).parameters() if weight.grad is not None], share)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    if "average" in parts:
+        parts["average"].update_parameters(model)
+    return losses
+
+
 def learning_rate(args, epoch):
     """Return the learning rate at `epoch`, counted from 0, with its fraction.
 
     paper: a cosine, set once an epoch: seg from lr to 0.944 lr (3.4e-4 for 3.6e-4) over 50 epochs, cls from lr to
-    lr / 300 (1e-6 for 3e-4) and back over 16 and 16. short: one cycle, up in the first fifth of the run, then cosine to
-    0, set at each step. While --swa averages: constant.
+    lr / 300 (1e-6 for 3e-4) and back over 16 and 16. short: one cycle, up in the first part of the run (seg: a
+    twentieth, cls: a fifth), then cosine to 0, set at each step.
     """
-    if averages(int(epoch), args):
-        return args.lr * SWA_RATE
     done = epoch / args.epochs
+    rise = 0.05 if args.task == "seg" else 0.2
     if args.recipe == "paper":
         low = args.lr * 3.4 / 3.6 if args.task == "seg" else args.lr / 300
         turns = min(1, int(epoch) / 50) if args.task == "seg" else int(epoch) / 16
-    elif done < 0.2:
-        return args.lr * (done + 0.01) / 0.21
+    elif done < rise:
+        return args.lr * (done + 0.01) / (rise + 0.01)
     else:
         low = 0
-        turns = (done - 0.2) / 0.8
+        turns = (done - rise) / (1 - rise)
     return low + (args.lr - low) * (1 + math.cos(math.pi * turns)) / 2
 
 
@@ -523,8 +510,6 @@ def begin_or_resume(out, parts):
     """Return the state of the loop, a new one or, with everything put where last.pt left it, of one that goes on."""
     if process.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for file in out.glob(".*.tmp"):  # what a kill left half written
-            file.unlink()
     file = out / "last.pt"
     if not file.is_file():
         process.combine(trained(parts).state_dict().values(), float(process.rank() == 0))  # all get the first one's

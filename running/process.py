@@ -97,7 +97,7 @@ def one_line(error: Exception, length: int = 1000) -> str:
 def replacing(file: Path, mode: str = "wb", **text):
     """Open `file` to be written as a whole: the old file stays until the new one is complete and on the disk. text:
     further arguments of open."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # its own: folds may be trained side by side
+    temporary = file.with_name(f".{file.name}.tmp")  # what a kill leaves of it, the next one overwrites
     try:
         with open(temporary, mode, **text) as handle:
             yield handle

@@ -15,14 +15,14 @@ from running.process import SEED, InputError, Parser, number
 RECIPES = ("paper", "short", "synthetic")
 DEFAULTS = {
     "seg": {
-        "lr": (3.6e-4, 2e-3, 1e-3),
+        "lr": (3.6e-4, 1e-3, 1e-3),
         "weight_decay": (1e-5, 1e-2, 1e-2),
         "batch_size": (16, 4, 8),
-        "epochs": (50, 5, 3),
+        "epochs": (50, 6, 3),
         "patience": (0, 0, 0),
         "class_weights": ("auto", "equal", "equal"),
         "tile": (480, 256, 128),
-        "steps": (0, 0, 100),
+        "steps": (0, 120, 100),
         "depth": (3, 5, 5),
         "nuclei": ("mask", "auto", "auto"),
         "folds": (1, 1, 1),
@@ -119,7 +119,7 @@ def _add_classification(add):
     add("--model", default="resnet18", help="a timm model [resnet18]")
     add("--image-size", type=number(int, 32, 4096), help=f"side of an image in pixels {_default('image_size')}")
     add("--gamma", type=number(float, 0, 100), default=2.0, help="of the focal loss; 0: binary cross-entropy [2]")
-    add("--swa", action="store_true", help="average the weights over the last quarter of the epochs")
+    add("--swa", action="store_true", help="keep a moving average of the weights")
 
 
 def class_weights(text):

@@ -206,7 +206,7 @@ def test_one_fold_alone_has_no_deviation(coloured, script, tmp_path):
     assert json.loads((tmp_path / "run" / "test.json").read_text())["std"] is None
 
 
-@pytest.mark.parametrize("swa", [pytest.param((), marks=pytest.mark.slow), ("--swa", "--patience", 1)])
+@pytest.mark.parametrize("swa", [pytest.param((), marks=pytest.mark.slow), ("--swa",)])
 def test_a_resumed_cross_validation_equals_one_never_stopped(coloured, script, tmp_path, swa):
     arguments = ["--data", coloured, *CLASSIFY, "--epochs", 4, *swa]
     assert script(train, *arguments, "--out", tmp_path / "whole")[0] == 0
@@ -231,44 +231,30 @@ def test_a_resumed_cross_validation_equals_one_never_stopped(coloured, script, t
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_swa_keeps_the_average_of_the_last_epochs(coloured, script, tmp_path, monkeypatch):
+def test_swa_keeps_a_moving_average(coloured, script, tmp_path, monkeypatch):
+    """Of weights and of BatchNorm's statistics, over all steps, the first of which it soon forgets."""
     after = []
 
     def remember(parts, *inputs):
-        result = train_epoch(parts, *inputs)
+        losses = train_step(parts, *inputs)
         after.append({name: value.clone() for name, value in parts["model"].state_dict().items()})
-        return result
+        return losses
 
-    train_epoch = train.train_epoch
-    monkeypatch.setattr(train, "train_epoch", remember)
-    monkeypatch.setattr(dedl, "classification_scores", lambda *_: {"f1_micro": len(after) / 10, "f1_macro": 0.0})
-    status, _, err = script(train, "--data", coloured, *CLASSIFY, "--epochs", 8, "--fold", 0, "--swa", "--out",
-                            tmp_path / "run")
-    assert status == 0, err
+    train_step = train.train_step
+    monkeypatch.setattr(train, "train_step", remember)
+    monkeypatch.setattr(train, "DECAY", 0.6)
+    monkeypatch.setattr(dedl, "classification_scores", lambda *_: {"f1_micro": len(after) / 100, "f1_macro": 0.0})
+    flags = ("--data", coloured, *CLASSIFY, "--epochs", 3, "--fold", 0, "--batch-size", 4)
+    assert script(train, *flags, "--swa", "--out", tmp_path / "run")[0] == 0
     best = torch.load(tmp_path / "run" / "fold0" / "best.pt")
-    weight, mean = "network.layer1.0.conv1.weight", "network.layer1.0.bn1.running_mean"
-    torch.testing.assert_close(best["model"][weight], (after[6][weight] + after[7][weight]) / 2)
-    assert best["epoch"] == 8 and not torch.equal(best["model"][mean], after[7][mean])  # refreshed for the average
-    rows = metrics(tmp_path / "run" / "fold0")
-    assert float(rows[6]["lr"]) == float(rows[7]["lr"]) == 5e-4 * train.SWA_RATE
-
-
-def test_batchnorm_is_refreshed_for_the_average(coloured, script, tmp_path):
-    """After four steps running statistics are still on their way; those of the average are the images' own."""
-    assert script(train, "--data", coloured, *CLASSIFY, "--epochs", 4, "--fold", 0, "--swa", "--out", tmp_path / "run",
-                  "--batch-size", 64, "--amp", "off")[0] == 0
-    fold = tmp_path / "run" / "fold0"
-    compute = choose_compute("cpu", "off")
-    model = runs.load_best(fold, models.build_classifier, compute)
-    held = {row[0] for row in read_csv(fold / "validation.csv")[1:]}
-    records = [r for r in manifests.find_records(coloured, task="cls", needs_validation=False)[0]
-               if r.split == "train" and r.name not in held]
-    labelled = data.read_labelled(records, ["blue", "green", "red"], 32)
-    augmented = data.AugmentedImages(labelled, range(len(records)), 77, "short")
-    images = torch.stack([image for image, _ in augmented])
-    own = model.network.conv1[0]((images / 255 - model.mean) / model.std).mean((0, 2, 3))
-    on_its_way = torch.load(fold / "last.pt")["model"]["network.conv1.1.running_mean"]
-    assert (model.network.conv1[1].running_mean - own).norm() < 0.3 * (on_its_way - own).norm()
+    for name in ("network.layer1.0.conv1.weight", "network.layer1.0.bn1.running_mean"):
+        average = after[0][name]
+        for steps, weights in enumerate(after[1:], 1):
+            decay = min(0.6, (1 + steps) / (10 + steps))
+            average = decay * average + (1 - decay) * weights[name]
+        torch.testing.assert_close(best["model"][name], average)
+        assert not torch.equal(average, after[-1][name])
+    assert len(after) > 8 and best["epoch"] == 3
 
 
 def test_without_folds_the_validation_rows_validate(coloured, script, tmp_path):

@@ -322,6 +322,7 @@ def field_of(image, mask):
 @pytest.mark.parametrize("recipe", ["short", "paper"])
 def test_image_and_mask_go_through_the_same_draw(recipe, monkeypatch):
     monkeypatch.setattr(data, "EMPTY", 0)
+    monkeypatch.setattr(data, "NOISE", 0)
     y, x = torch.meshgrid(torch.arange(90), torch.arange(70), indexing="ij")
     mask = ((y // 9 + x // 7) % 3 == 0) & (x > 20)
     crops = data.Crops([field_of(mask[None], mask)], 40, seed=3, recipe=recipe, passes=20)
@@ -334,7 +335,8 @@ def test_image_and_mask_go_through_the_same_draw(recipe, monkeypatch):
     assert 20 < turned < 40 or recipe == "paper"
 
 
-def test_crops_come_from_everywhere_in_every_orientation():
+def test_crops_come_from_everywhere_in_every_orientation(monkeypatch):
+    monkeypatch.setattr(data, "NOISE", 0)
     image = torch.arange(50 * 60).reshape(1, 50, 60) / 3000
     crops, seen, turns = data.Crops([field_of(image, image[0] > 0)], 16, passes=50), set(), set()
     for index in range(500):
@@ -357,7 +359,19 @@ def test_an_image_smaller_than_the_tile_is_mirrored():
         assert (index.diff().abs() == min(1, size - 1)).all()  # back and forth, never a jump
 
 
-def test_some_tiles_are_made_to_hold_no_nucleus():
+@pytest.mark.parametrize("recipe", ["short", "paper"])
+def test_tiles_get_noise_each_its_own(recipe, monkeypatch):
+    monkeypatch.setattr(data, "EMPTY", 0)
+    crops = data.Crops([field_of(np.full((1, 40, 40), 0.5), np.eye(40))], 40, recipe=recipe, passes=50)
+    deviations = [crops[index][0][:, 12:-12, 12:-12].std().item() for index in range(len(crops))]
+    if recipe == "paper":
+        assert max(deviations) == 0
+    else:
+        assert min(deviations) < 0.2 * data.NOISE and 0.8 * data.NOISE < max(deviations) < 1.2 * data.NOISE
+
+
+def test_some_tiles_are_made_to_hold_no_nucleus(monkeypatch):
+    monkeypatch.setattr(data, "NOISE", 0)
     rng = np.random.default_rng(0)
     image, labels = blobs(rng, 90, 70)
     field = field_of(image[None] / 255, labels.astype(np.int32))

@@ -127,6 +127,22 @@ def test_linear_form_trains_both():
     assert dedl.build_app("none", 16) is None
 
 
+def test_dice_loss():
+    truth = torch.tensor([[[0, 0, 1, 2], [0, 0, 1, dedl.IGNORED]], [[0, 0, 0, 0], [0, 0, 0, 0]]])      # (2, 2, 4)
+    one_hot = nn.functional.one_hot(truth.clamp(max=2), 3).movedim(-1, 1).float()                      # (2, 3, 2, 4)
+    assert dedl.dice_loss(200 * one_hot, truth) == pytest.approx(1 / 3)  # the second image lacks two of the classes
+    half = dedl.dice_loss(torch.zeros(1, 3, 2, 4), truth[:1])  # 1/3 each, of 7 pixels, and the ignored one background
+    p = 7 / 3
+    assert half == pytest.approx(1 - 2 / 3 * ((4 / 3 + 1) / (p + 1 + 5) + (2 / 3) / (p + 2) + (1 / 3) / (p + 1)))
+    logits = torch.randn(2, 3, 2, 4, requires_grad=True)
+    dedl.dice_loss(logits, truth).backward()
+    assert (logits.grad[0, :, 1, 3] == 0).all() and logits.grad[0, :, 0].abs().min() > 0
+    assert torch.isfinite(logits.grad).all()
+    together = dedl.dice_loss(logits, truth)
+    apart = [dedl.dice_loss(logits[i:i + 1], truth[i:i + 1]) for i in range(2)]
+    torch.testing.assert_close(together, sum(apart) / 2)  # so processes may share a batch
+
+
 def test_class_weights():
     assert dedl.balanced_class_weights(0.1479) == pytest.approx(list(dedl.PUBLISHED_CLASS_WEIGHTS.values()))
 

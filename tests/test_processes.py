@@ -59,7 +59,7 @@ def test_a_segmentation_goes_on_in_two_processes(tiny, script, tmp_path):
     assert [row["epoch"] for row in rows] == ["1", "2"]
     config = runs.read_config(run)
     model = models.build_segmenter(**config["setting"])
-    model.load_state_dict(last["model"])
+    model.load_state_dict({name: last["average"][f"module.{name}"] for name in model.state_dict()})
     records = [record for record in manifests.find_records(tiny)[0] if record.split == "validation"]
     fields = data.read_fields(records)
     measured = prediction.measure(fast.for_inference(model), fields, config["nucleus"],
