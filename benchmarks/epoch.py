@@ -119,7 +119,18 @@ class PublishedTiles(Dataset):
 def published(fields, tile, with_app, folder, args, compute):
     """A function that trains one epoch as the notebooks do, and how many tiles that are."""
     tiles = PublishedTiles(fields, tile, folder)
-    model = harness.reference("unet", depth=args.depth).to(compute.device).train()
+    _, learn = published_step(with_app, tile, args.depth, compute)
+
+    def epoch():
+        total = 0.0
+        for images, masks in DataLoader(tiles, args.batch, shuffle=True, num_workers=args.workers):
+            total += learn(images, masks)
+    return epoch, len(tiles)
+
+
+def published_step(with_app, tile, depth, compute):
+    """The notebooks' network, and a function that trains it on a batch and returns the loss."""
+    model = harness.reference("unet", depth=depth).to(compute.device).train()
     app = dedl.RowAutoencoder(tile, "relu").to(compute.device) if with_app else None
     optimizers = [torch.optim.Adam(model.parameters(), 3.6e-4, weight_decay=1e-5)]
     if app:
@@ -127,21 +138,19 @@ def published(fields, tile, with_app, folder, args, compute):
     class_weights = torch.tensor(list(dedl.PUBLISHED_CLASS_WEIGHTS.values()), device=compute.device)
     criterion = nn.CrossEntropyLoss(class_weights, reduction="sum")
 
-    def epoch():
-        total = 0.0
-        for images, masks in DataLoader(tiles, args.batch, shuffle=True, num_workers=args.workers):
-            images, masks = images.to(compute.device), masks.to(compute.device)
-            with torch.autocast(compute.device.type, torch.bfloat16, enabled=compute.amp_dtype is torch.bfloat16):
-                logits = model(images).float()
-                loss = criterion(logits, masks)
-                if app:
-                    loss = loss + criterion(app(logits).float(), masks)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            total += loss.item()
-    return epoch, len(tiles)
+    def learn(images, masks):
+        images, masks = images.to(compute.device), masks.to(compute.device)
+        with torch.autocast(compute.device.type, torch.bfloat16, enabled=compute.amp_dtype is torch.bfloat16):
+            logits = model(images).float()
+            loss = criterion(logits, masks)
+            if app:
+                loss = loss + criterion(app(logits).float(), masks)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+    return model, learn
 
 
 if __name__ == "__main__":

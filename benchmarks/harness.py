@@ -137,7 +137,7 @@ def our_network(arch, encoder, depth, compute, in_channels=1):
     return fast.speed_up(model.to(compute.device, memory_format=torch.channels_last))
 
 
-def reference(arch, encoder="resnet18", depth=3):
+def reference(arch, encoder="resnet18", depth=3, attention="scse"):
     try:
         import segmentation_models_pytorch as smp
     except ImportError as error:
@@ -146,7 +146,7 @@ def reference(arch, encoder="resnet18", depth=3):
     known = encoder in smp.encoders.encoders
     return {"unet": smp.Unet, "unetpp": smp.UnetPlusPlus}[arch](
         encoder if known else f"tu-{encoder}", encoder_weights=None, encoder_depth=depth, in_channels=1, classes=2,
-        decoder_channels=models.default_decoder_channels(depth), decoder_attention_type="scse")
+        decoder_channels=models.default_decoder_channels(depth), decoder_attention_type=attention)
 
 
 def batch(args, compute):

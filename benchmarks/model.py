@@ -3,6 +3,7 @@ precision and memory layout (channels_last).
 
     python benchmarks/model.py                     training step, inference, peak memory
     python benchmarks/model.py --compile           the training step with torch.compile too (minutes of compiling)
+    python benchmarks/model.py --profile           where a training step spends its time, by operator
     python benchmarks/model.py --device cuda
 
 "of peak": the network's multiplications and additions, as the textbook form has them, over the time, as a share of what
@@ -12,11 +13,13 @@ import statistics
 
 import harness
 import torch
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from networks import fast
 
 NAMES = {"unet": "U-Net", "unetpp": "U-Net++"}
+ROUNDS = 5  # profiled steps
 
 
 def main(argv=None):
@@ -24,6 +27,7 @@ def main(argv=None):
     parser.add_argument("--arch", nargs="+", choices=list(NAMES), default=list(NAMES), help="[both]")
     parser.add_argument("--encoder", default="resnet18", help="[resnet18]")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--resident", choices=["reference", "ours"], help="only print the memory that a process holds "
                         "which trains this side")
     args = parser.parse_args(argv)
@@ -31,6 +35,8 @@ def main(argv=None):
         return print(resident(args))
     compute = harness.start(args)
     images, truth = harness.batch(args, compute)
+    if args.profile:
+        return print_profile(args, images, truth, compute)
     peak = matrix_peak(compute)
     rows = []
     for arch in args.arch:
@@ -87,6 +93,36 @@ def main(argv=None):
     print(f"{args.encoder}, depth {args.depth}, batch {args.batch} at {args.tile} x {args.tile}, median of "
           f"{args.rounds} rounds; matrix peak {peak / 1e12:.2f} TFLOP/s\n")
     harness.table(["network", "what", "reference", "ours", "gain", "of peak"], rows)
+
+
+def print_profile(args, images, truth, compute):
+    """The operators that take most of a training step, themselves, without what they call. The second column is of the
+    reference as its users have it, without attention."""
+    for arch in args.arch:
+        theirs, ours = harness.pair(arch, args.encoder, args.depth, compute)
+        plain = harness.reference(arch, args.encoder, args.depth, attention=None)
+        sides = [theirs, plain.to(compute.device, memory_format=torch.channels_last), ours]
+        columns = [milliseconds(model.train(), images, truth, compute) for model in sides]
+        names = sorted(set().union(*columns), key=lambda name: -max(column.get(name, 0) for column in columns))
+        rows = [[name, *(f"{column.get(name, 0):.0f}" for column in columns)] for name in names[:16]]
+        rows.append(["others", *(f"{sum(column.get(name, 0) for name in names[16:]):.0f}" for column in columns)])
+        rows.append(["sum", *(f"{sum(column.values()):.0f}" for column in columns)])
+        print(f"{NAMES[arch]}, {args.encoder}, depth {args.depth}, batch {args.batch} at {args.tile} x {args.tile}; ms "
+              f"a step, means of {ROUNDS}\n")
+        harness.table(["operator", "reference", "reference without attention", "ours"], rows)
+
+
+def milliseconds(model, images, truth, compute):
+    """{operator: ms a step}."""
+    for _ in range(2):
+        harness.training_step(model, images, truth, compute)
+    with profile(acc_events=True) as profiler:
+        for _ in range(ROUNDS):
+            harness.training_step(model, images, truth, compute)
+    of_gpu = compute.device.type == "cuda"
+    return {event.key.removeprefix("aten::"):
+            (event.self_device_time_total if of_gpu else event.self_cpu_time_total) / 1000 / ROUNDS
+            for event in profiler.key_averages()}
 
 
 def row(arch, what, seconds, one, other, seconds_at_peak):

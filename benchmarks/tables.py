@@ -386,8 +386,8 @@ def about(jobs, args):
         if job.done(args.split):
             config = job.config()
             versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-            where = (f"{config['device']}, {config['threads']} threads each, {config['amp']}, first weights "
-                     f"{config['weights_used']}, code {config.get('code')}; {versions}")
+            where = (f"{config['device']}, {config['amp']}, first weights {config['weights_used']}, "
+                     f"code {config.get('code')}; {versions}")
             made[where] = made.get(where, 0) + 1
     return [f"`python benchmarks/tables.py {shlex.join(sys.argv[1:])}`", "",
             f"{sum(made.values())} of {len(jobs)} runs, measured on the {args.split} split of {args.data.name}.",

@@ -44,6 +44,21 @@ def test_epoch(benchmark, tiny):
     assert status == 0 and len(re.findall(r"^\| (ours|published recipe), .*x? +\|$", out, re.M)) == 5
 
 
+def test_profile(benchmark):
+    status, out, _ = benchmark("model", *SMALL, "--profile", "--arch", "unet")
+    assert status == 0 and re.search(r"^\| convolution_backward \| \d+ \| \d+ \| \d+ \|$", out, re.M)
+
+
+def test_minutes(benchmark, tiny, tmp_path):
+    flags = ("--data", tiny, "--minutes", 0.01, "--seeds", 2, "--splits", "validation,test", "--out", tmp_path, "--amp",
+             "off")
+    status, out, _ = benchmark("minutes", *flags, "--sides", "ours,smp")
+    rows = re.findall(r"^\| 0.01 \| (?:ours|smp) \| [\d.]+ \|(?: 0\.\d+ \(0\.\d+ to 0\.\d+\) \|){4}$", out, re.M)
+    assert status == 0 and len(rows) == 4
+    status, again, _ = benchmark("minutes", *flags, "--sides", "ours")  # whose results are kept
+    assert status == 0 and "ours, 0.01 minutes" not in again and rows[0] in again and rows[1] not in again
+
+
 def test_parts(benchmark):
     status, out, _ = benchmark("parts", *SMALL)
     assert status == 0 and len(re.findall(r"^\| .* \| \d+ ms \| \d+ ms \| [\d.]+x \|$", out, re.M)) == 5
