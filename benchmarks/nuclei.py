@@ -20,7 +20,7 @@ decoders: the predictions of runs' best networks by connected parts of the mask,
 
 empty: how many nuclei runs find in images that hold none, of each kind as many as --images says, 512 pixels a side.
 
-cost: a training step (U-Net, depth 5, APP conv, optimizers, 4 tiles of 256) and the prediction of the 4 tiles, with
+cost: a training step (U-Net, depth 4, APP conv, optimizers, 4 tiles of 256) and the prediction of the 4 tiles, with
 three classes and with two.
 """
 import math
@@ -320,7 +320,7 @@ def show_cost(args, compute):
 
 def network(outputs, compute):
     """A U-Net of the default's depth, to be trained."""
-    model = models.build_segmenter(classes=outputs, depth=5, decoder_channels=models.default_decoder_channels(5))
+    model = models.build_segmenter(classes=outputs, depth=4, decoder_channels=models.default_decoder_channels(4))
     return fast.speed_up(model.to(compute.device, memory_format=torch.channels_last))
 
 

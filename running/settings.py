@@ -23,7 +23,7 @@ DEFAULTS = {
         "class_weights": ("auto", "equal", "equal"),
         "tile": (480, 256, 128),
         "steps": (0, 120, 100),
-        "depth": (3, 5, 5),
+        "depth": (3, 4, 4),
         "nuclei": ("mask", "auto", "auto"),
         "folds": (1, 1, 1),
     },

@@ -108,7 +108,7 @@ def test_the_paper_recipe_and_its_schedule():
     rates = [train.learning_rate(short, epoch / 100) for epoch in range(1001)]
     assert max(rates) == pytest.approx(1e-3, rel=0.01) and rates.index(max(rates)) == pytest.approx(50, abs=2)
     assert rates[0] < 2e-4 and rates[-1] < 1e-6 and np.abs(np.diff(rates)).max() < 1e-4
-    assert (short.tile, short.steps, short.depth, short.batch_size, short.recipe) == (256, 120, 5, 4, "short")
+    assert (short.tile, short.steps, short.depth, short.batch_size, short.recipe) == (256, 120, 4, 4, "short")
     assert train.parse_args([]).steps == 100 and train.parse_args(["--recipe", "short"]).tile == 256
 
 
