@@ -15,8 +15,8 @@ Each tool has an environment of its own, in which this file runs:
 stardist: StarDist 2D as its example trains it (32 rays, grid 2, tiles of 256, batch 4, Adam 3e-4; flips, turns, changes
 of intensity), its thresholds then optimised on the validation images.
 nnunet: nnU-Net v2's 2D network, preprocessing, augmentation, loss and SGD, its poly schedule over the minutes instead
-of 250,000 steps; tiles of 256 and a batch of 4, since what it plans for a GPU makes some ten steps in 8 minutes on two
-cores. It learns our three classes, as its authors advise to tell objects apart, and our code takes them apart.
+of 250,000 steps; batches of 4 tiles of 256 where it plans 18 for a GPU. It learns our three classes, as its authors
+advise to tell objects apart, and our code takes them apart.
 
 Only training counts, with the drawing of tiles: not reading, preprocessing, validation or prediction. Images are those
 that train.py sees, with intensities in [0, 1] by the percentiles 1 and 99.8, as StarDist's example has them.
