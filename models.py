@@ -177,8 +177,8 @@ def build_segmenter(arch: str = "unet", encoder: str = "resnet18", in_channels: 
 
 
 def default_decoder_channels(depth: int) -> tuple[int, ...]:
-    """Return (256, 128, 64) for the paper's depth 3; for others 16 at full resolution, twice as many a step down."""
-    return (256, 128, 64) if depth == 3 else (256, 128, 64, 32, 16)[-depth:]
+    """Return (256, 128, 64) for the paper's depth 3; deeper ones end in 16 channels at full resolution."""
+    return (256, 128, 64)[:depth] if depth < 4 else (256, 128, 64, 32, 16)[-depth:]
 
 
 # --------------------------------------------------------------------------------------------------------- classifier
