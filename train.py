@@ -77,7 +77,7 @@ def train_segmentation(args, compute):
     }
     usual = nuclei.describe(training)
     found |= {"setting": setting, "channels": fields[0].channels, "train_images_used": len(training), "nucleus": usual}
-    score = "val_ap50_mean_image" if classes == 3 else "val_iou"  # which the best epoch is chosen by
+    score = "val_mean_image_iou"  # by which the best epoch is chosen: the pooled IoU hangs on few images, AP on chance
 
     # 2. fold by fold; without a cross-validation there is one
     best = []
@@ -477,25 +477,25 @@ def epochs_left(state, args):
     return args.epochs * (1 + state["later"]) - state["epoch"]
 
 
-def end_epoch(out, state, parts, best, row, score, started, args):
+def end_epoch(out, state, parts, best, measured, score, started, args):
     """Save what an epoch leaves: best.pt where its `score` is the best so far, metrics.csv, last.pt. Return the new
     state."""
     epoch = state["epoch"] + 1
-    better = is_better(state, row, score)
-    first = dict(list(row.items())[:3])  # losses, and the score that all tables have
+    better = is_better(state, measured, score)
+    first = dict(list(measured.items())[:3])  # losses, and the score that all tables have
     row = {
         "epoch": epoch,
         **first,
         "lr": parts["optimizer"].param_groups[0]["lr"],
         "seconds": time.perf_counter() - started,
-        **row,
+        **measured,
     }
     state = state | {"epoch": epoch, "stale": state["stale"] + 1, "history": [*state["history"], row]}
     if better:
         state |= {"best": row[score], "best_loss": row["val_loss"], "stale": 0}
     if process.rank() == 0:  # in this order: whatever a kill leaves out, resuming from last.pt makes again
         if better:
-            runs.save_checkpoint({**best, "epoch": epoch, score: row[score]}, out / "best.pt")
+            runs.save_checkpoint({**best, "epoch": epoch, **measured}, out / "best.pt")
         last = {name: part.state_dict() for name, part in parts.items()}
         last["state"] = state
         process.save_csv(out / "metrics.csv", list(row), [values.values() for values in state["history"]])

@@ -69,23 +69,26 @@ def test_app_is_nowhere_in_the_saved_network(finished, tiny, tmp_path):
     assert len(sizes) == len(names) == 1
 
 
-def test_best_is_the_epoch_with_the_best_validation_iou(tiny, tmp_path, monkeypatch):
+def test_best_is_the_epoch_with_the_best_mean_image_iou(tiny, tmp_path, monkeypatch):
     ious = iter([0.5, 0.9, 0.1, 0.8, 0.7])
 
     def measure(model, fields, *_):
-        iou = round(1000 * next(ious))
+        iou = next(ious)
+        of_large = 1 - iou / 4                                        # which alone decides the pooled IoU
         labels = [field.labels for field in fields]
         matched = [dedl.match_nuclei(own, own) for own in labels]
-        counts = torch.tensor([[iou, 1000 - iou, 0, 0]] * len(fields))
+        counts = torch.tensor([[iou, 1 - iou, 0, 0], [1000 * of_large, 1000 * (1 - of_large), 0, 0]])
         return prediction.Measured(counts, [], labels, matched, 1.0)
 
     monkeypatch.setattr(prediction, "measure", measure)
     train.main(["--data", str(tiny), "--out", str(tmp_path / "run"), *SMALL, "--nuclei", "mask", "--epochs", "9",
                 "--patience", "2"])
     best, last = (torch.load(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
-    assert best["epoch"] == 2 and best["val_iou"] == 0.9
-    assert [row["val_iou"] for row in last["state"].pop("history")] == [0.5, 0.9, 0.1, 0.8]
-    assert last["state"] == {"epoch": 4, "best": 0.9, "best_loss": 1.0, "stale": 2, "later": 0}
+    score = "val_mean_image_iou"
+    assert best["epoch"] == 2 and best[score] == pytest.approx(0.8375)
+    pooled = [row["val_iou"] for row in last["state"]["history"]]
+    assert len(pooled) == 4 and max(pooled) == pooled[2]
+    assert last["state"]["best"] == best[score] and last["state"]["stale"] == 2
     assert not torch.equal(best["model"]["head.weight"], last["model"]["head.weight"])
 
 
