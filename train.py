@@ -35,7 +35,7 @@ from running.process import InputError, note, progress
 from running.settings import digest, how_to_go_on, parse_args, refuse_other_data, refuse_other_settings
 
 DECAY = 0.99  # of the average of the weights, a step
-LESS_MEMORY = "lower --batch-size, then --tile or --image-size; or take a smaller --encoder or --model, --depth 4, " \
+LESS_MEMORY = "lower --batch-size, then --tile or --image-size; or take a smaller --encoder or --model, " \
               "or --amp bf16"
 # of the loop; stale: epochs since the best one, history: the rows of metrics.csv, later: folds to come. The learning
 # rate, the batches, the augmentation and what else is drawn follow from epoch and seed: that is all to go on with.

@@ -23,7 +23,7 @@ def main(argv=None):
     parser = harness.parser(__doc__)
     parser.add_argument("--arch", choices=list(models.DECODERS), default="unet", help="[unet]")
     parser.add_argument("--encoder", default="resnet18", help="[resnet18]")
-    parser.add_argument("--steps", type=int, default=300, help="of an epoch, whose seconds are shown [300]")
+    parser.add_argument("--steps", type=int, default=300, help="steps whose seconds are shown [300]")
     args = parser.parse_args(argv)
     compute = harness.start(args)
     images, truth = harness.batch(args, compute)

@@ -158,7 +158,7 @@ def batch(args, compute):
 
 
 def training_step(model, images, truth, compute, app=None):
-    """Forward and backward pass of a network in train mode, as train.py does them."""
+    """Forward and backward pass of a network in train mode, with cross-entropy and APP alone."""
     with compute.autocast():
         logits = model(images).float()
         loss = F.cross_entropy(logits, truth)

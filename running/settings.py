@@ -10,8 +10,8 @@ from running.compute import add_compute
 from running.process import SEED, InputError, Parser, number
 
 # What a flag that is not given falls back to. paper: the published recipe. short: what worked best from random weights,
-# one cycle to a large learning rate. synthetic: without --data and --recipe, short with what the small synthetic set
-# needs.
+# one cycle of the learning rate and an average of the weights. synthetic: without --data and --recipe, short with what
+# the small synthetic set needs.
 RECIPES = ("paper", "short", "synthetic")
 DEFAULTS = {
     "seg": {
@@ -78,8 +78,8 @@ def _add_common(add):
 
 def _add_more(add):
     add("--recipe", choices=["paper", "short"],
-        help="the optimizer, its schedule, the augmentation, of seg the loss's sum or mean, and defaults of other "
-             "flags [seg: short, cls: paper; without --data short, made shorter]")
+        help="the optimizer, its schedule, the augmentation, of seg the loss and the average of weights, and defaults "
+             "of other flags [seg: short, cls: paper; without --data short, made shorter]")
     add("--batch-size", type=number(int, 1), help=f"tiles or images a step {_default('batch_size')}")
     add("--lr", type=number(float, 1e-12),
         help=f"largest learning rate; with --weights RUN {FINE_TUNE} of it {_default('lr')}")
