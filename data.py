@@ -122,28 +122,26 @@ class Crops(Dataset):
         self.passes = passes
         self.published = recipe == "paper"
         self.augment = tile_augmentation(recipe, tile)
-        self.places = []                                               # (index of the image, top, left); drawn if short
+        self.places = []                                               # index of the image; paper: top, left
         for i, field in enumerate(fields):
             height, width = field.shape
             if self.published:
                 corners = [(top, left) for top in range(0, height, tile) for left in range(0, width, tile)
                            if field.known[top:top + tile, left:left + tile].any()]
             else:
-                corners = [(None, None)] * math.ceil(field.known.sum() / tile ** 2)
-            self.places += [(i, top, left) for top, left in corners]
+                corners = [()] * math.ceil(field.known.sum() / tile ** 2)
+            self.places += [(i, *corner) for corner in corners]
 
     def __len__(self):
         return len(self.places) * self.passes
 
     def __getitem__(self, index):
-        i, top, left = self.places[index % len(self.places)]
+        i, *corner = self.places[index % len(self.places)]
+        cut = padded_tile if self.published else random_tile
         truth = torch.tensor(dedl.IGNORED)
         with seeded(self.seed, self.epoch, index):
             while (truth == dedl.IGNORED).all():
-                if self.published:
-                    image, truth = padded_tile(self.fields[i], self.truths[i], top, left, self.tile)
-                else:
-                    image, truth = random_tile(self.fields[i], self.truths[i], self.tile)
+                image, truth = cut(self.fields[i], self.truths[i], self.tile, *corner)
                 image, truth = self.augment(tv_tensors.Image(image), tv_tensors.Mask(truth))
                 image, truth = image.as_subclass(torch.Tensor), truth.as_subclass(torch.Tensor).long()
             if not self.published:
@@ -181,10 +179,10 @@ def mirrored_window(size, tile, margin):
     index = torch.arange(start - margin, start + tile + margin)
     period = max(1, 2 * (size - 1))
     index = index % period
-    return torch.minimum(index, period - index).clamp(max=size - 1)
+    return torch.minimum(index, period - index)
 
 
-def padded_tile(field, truth, top, left, tile):
+def padded_tile(field, truth, tile, top, left):
     """Return the tile at (top, left), as the authors' notebooks cut it: zeros beyond the border."""
     rows = slice(top, top + tile)
     columns = slice(left, left + tile)

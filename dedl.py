@@ -220,18 +220,17 @@ class FocalLoss(nn.Module):
     class_weights: w (C,), None for 1. forward: logits (N, C), truth (N, C) in [0, 1] -> scalar, float32.
 
     log(p_t) is logsigmoid(+-z), and (1 - p_t)^gamma is exp(gamma * logsigmoid(-+z)): neither rounds to log(0), nor has
-    it an infinite slope, whatever z is. Half-precision logits are taken to float32 first.
+    it an infinite slope, whatever z is.
     """
 
     def __init__(self, alpha: float = 1.0, gamma: float = 2.0, class_weights=None):
         super().__init__()
         self.alpha = alpha
         self.gamma = gamma
-        weights = torch.ones(1) if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float32)
-        self.register_buffer("class_weights", weights)
+        weights = 1.0 if class_weights is None else class_weights
+        self.register_buffer("class_weights", torch.as_tensor(weights, dtype=torch.float32))
 
     def forward(self, logits, truth):
-        logits = logits if logits.dtype == torch.float64 else logits.float()
         yes = F.logsigmoid(logits)                                                      # log p        (N, C)
         no = F.logsigmoid(-logits)                                                      # log(1 - p)   (N, C)
         of_true = -truth * torch.exp(self.gamma * no) * yes
@@ -348,6 +347,12 @@ def average_precision(right: int, found: int, true: int) -> float:
     return right / wanted if wanted else 1.0
 
 
+def image_ap50(matched: tuple) -> float:
+    """Return the average_precision of an image at an IoU above 0.5, from what match_nuclei gave."""
+    ious, found, true = matched
+    return average_precision((ious > 0.5).sum().item(), found, true)
+
+
 def nucleus_scores(matched: list) -> dict:
     """Return scores of nuclei as objects, from what match_nuclei gave for each image.
 
@@ -360,12 +365,11 @@ def nucleus_scores(matched: list) -> dict:
     true = sum(number for _, _, number in matched)
     right = ious[ious > 0.5]
     ap50 = average_precision(len(right), found, true)
-    of_images = [average_precision((own > 0.5).sum().item(), *numbers) for own, *numbers in matched]
     stricter = [average_precision((ious >= percent / 100).sum().item(), found, true) for percent in range(55, 100, 5)]
     mean_number = (found + true) / 2
     return {
         "ap50": ap50,
-        "ap50_mean_image": sum(of_images) / len(of_images),
+        "ap50_mean_image": sum(map(image_ap50, matched)) / len(matched),
         "ap": (ap50 + sum(stricter)) / 10,
         "f1_50": len(right) / mean_number if mean_number else 1.0,
         "pq": right.sum().item() / mean_number if mean_number else 1.0,
@@ -397,7 +401,7 @@ def segmentation_scores(counts: Tensor) -> dict:
     own IoUs. Where no nucleus is and none was found, IoU, dice, precision and recall are 1; any other 0 / 0, as the
     precision of finding nothing, is 0.
     """
-    table = torch.as_tensor(counts).reshape(-1, 4).tolist()
+    table = counts.tolist()
     tp, fp, fn, tn = (sum(column) for column in zip(*table))
     accuracy = (tp + tn) / (tp + fp + fn + tn)
     if tp + fp + fn == 0:
@@ -421,8 +425,6 @@ def classification_scores(predicted: Tensor, truth: Tensor, names: list[str]) ->
     macro scores. subset_accuracy: the share of images whose labels are all
     right. per_class: {name: {precision, recall, f1, support}}.
     """
-    predicted = torch.as_tensor(predicted).bool()
-    truth = torch.as_tensor(truth).bool()
     tp = (predicted & truth).sum(0).double()                                            # (C,)
     found = predicted.sum(0).double()
     support = truth.sum(0).double()

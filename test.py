@@ -71,9 +71,10 @@ def parse_args(argv: list | None) -> Namespace:
     parser = process.Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="folders of trained runs [the newest in runs/]")
-    add("--images", nargs="+", metavar="PATH",
-        help="predict these images without truth: files, folders, or patterns like \"new/*.tif\"")
-    add("--data", type=Path, help="data folder [the run's own]")
+    what = parser.add_mutually_exclusive_group().add_argument
+    what("--images", nargs="+", metavar="PATH",
+         help="predict these images without truth: files, folders, or patterns like \"new/*.tif\"")
+    what("--data", type=Path, help="data folder [the run's own]")
     add("--split", choices=manifests.SPLITS,
         help="[test; of several runs validation, of a cross-validation the validation parts of its folds]")
     add("--save-masks", type=Path, metavar="DIR",
@@ -102,8 +103,6 @@ def parse_args(argv: list | None) -> Namespace:
     for flag in ("save_masks", "save_probabilities", "images", "export"):
         if getattr(args, flag) and len(args.runs) > 1:
             parser.error(f"argument --{flag.replace('_', '-')}: takes one run; name one")
-    if args.images and args.data:
-        parser.error("argument --images: takes the place of a data folder; leave --data out")
     if not args.images and (args.ring or (args.rois or args.geojson) and not args.save_masks):
         parser.error("argument --ring, --rois or --geojson: is for what --images writes; name images (--rois, "
                      "--geojson: or --save-masks)")
@@ -120,7 +119,7 @@ def flags_of_nuclei(args):
 
 def test(run, config, compute, args, brief):
     """Measure a run, or predict new images by it. Return its scores; print them, in one line if `brief`."""
-    if args.by_parts and config.get("folds", 1) > 1:
+    if args.by_parts and config["folds"] > 1:
         return validation_scores(run, config)
     if config["task"] == "seg":
         if args.images:
@@ -136,7 +135,7 @@ def test(run, config, compute, args, brief):
 def find_split(config, args):
     """Return the data folder and its records of the split that is asked for. Raises InputError where there are none."""
     folder = args.data or Path(config["data"])
-    needs_validation = config.get("folds", 1) == 1
+    needs_validation = config["folds"] == 1
     records, lines = manifests.find_records(folder, config["seed"], None, config["task"], needs_validation)
     print(*lines, sep="\n")
     if not args.data and digest(records) != config["rows"]:
@@ -224,14 +223,13 @@ def test_segmentation(run, config, compute, args, brief):
     order = sorted(range(len(ious)), key=ious.__getitem__)
     rows = []
     for i in order:
-        matches, found, true = measured.matched[i]
-        ap50 = dedl.average_precision((matches > 0.5).sum().item(), found, true)
-        rows.append((records[i].name, f"{ious[i]:.4f}", f"{ap50:.4f}", true, found))
+        _, found, true = measured.matched[i]
+        rows.append((records[i].name, f"{ious[i]:.4f}", f"{dedl.image_ap50(measured.matched[i]):.4f}", true, found))
     process.save_csv(run / f"{args.split}.csv", ["image", "iou", "ap50", "nuclei", "found"], rows)
     shown = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
     samples = [(f"{name}: IoU {ious[i]:.3f}", fields[i], measured.found[i]) for name, i in shown.items()]
     figures.save_samples(samples, run / f"{args.split}.png")
-    of_folds = f" by {len(of_networks) or 1} of {config['folds']} folds" if config.get("folds", 1) > 1 else ""
+    of_folds = f" by {len(of_networks) or 1} of {config['folds']} folds" if config["folds"] > 1 else ""
     print(f"{title(run, folder, args)}: IoU {scores['iou']:.4f}{of_folds}")
     if not brief:
         print_scores(saved, scores)

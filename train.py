@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import timm
@@ -184,9 +183,7 @@ def train_classification(args, compute):
         focal = dedl.FocalLoss(gamma=args.gamma, class_weights=class_weights).to(compute.device)
         images = data.AugmentedImages(labelled, train, args.seed, args.recipe)
         validate = partial(validate_images, labelled, validation, focal, compute)
-        listed = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(classes, class_weights))
-        text = (f"{args.model}, {len(train)} training and {len(validation)} validation images of {args.image_size}, "
-                f"class weights {listed}")
+        text = f"{args.model}, {len(train)} training and {len(validation)} validation images of {args.image_size}"
         best.append(train_fold(models.build_classifier, found, images, len(images),
                                partial(classification_losses, focal), validate, "val_f1_micro", text, records, args,
                                compute))
@@ -298,11 +295,8 @@ def train_fold(build, found, images, count, losses, validate, score, text, recor
         network = parts["average"].module if "average" in parts else model
         row, validation, save = validate(network, out)
         row = {"train_loss": means[0]} | row | dict(zip(["train_loss", "app_penalty"], means))
-        # before best.pt: what an interruption in between leaves out is made again
-        if process.rank() == 0 and is_better(state, row, score):
-            save()
         best = found | {"model": network.state_dict(), "validation": validation}
-        state = end_epoch(out, state, parts, best, row, score, started, args)
+        state = end_epoch(out, state, parts, best, save, row, score, started, args)
     if process.rank() == 0:
         figures.save_curves(state["history"], out / "curves.png")
     return state["best"]
@@ -328,9 +322,8 @@ def choose_weights(wish, classes, published, automatic):
 
 def save_config(args, compute, parts, records, **found):
     """Write config.json, and the folder for it: the settings and what they led to. Return it."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     rows_of = Counter(record.split for record in records)
-    config = settings | found | {
+    config = vars(args) | found | {
         "device": compute.device.type,
         "amp": compute.amp,
         "parameters": sum(weight.numel() for weight in parts["model"].parameters()),
@@ -371,7 +364,7 @@ def make_parts(model, app, args, compute):
 
 def moving_average(average, weights, steps):
     """Move the average, a list of tensors, towards the weights; quickly in the first of so many steps."""
-    decay = min(DECAY, (1 + steps.item()) / (10 + steps.item()))
+    decay = min(DECAY, 1 - 9 / (10 + steps.item()))
     swa_utils.get_ema_multi_avg_fn(decay)(average, weights, steps)
 
 
@@ -401,7 +394,7 @@ def train_epoch(parts, loader, losses_of, compute, state, args):
     epoch = state["epoch"]
     torch.manual_seed(args.seed * 1_000_003 + epoch * 1000 + process.rank())
     parts["model"].train()
-    sums = seen = 0
+    sums = 0  # of the losses shown, and the number of images
     before = epoch * len(loader)
     whole = before + epochs_left(state, args) * len(loader)  # so that the bar tells the time left of the run
     bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}", "tile" if args.task == "seg" else "image", total=whole,
@@ -412,12 +405,10 @@ def train_epoch(parts, loader, losses_of, compute, state, args):
         if not loss.isfinite():
             raise InputError(f"the loss is not finite in epoch {epoch + 1}, batch {step + 1}; lower --lr or use --amp "
                              f"off; finished epochs are saved")
-        count = len(batch[0])
-        sums = sums + torch.stack(shown).detach() * count
-        seen += count
-        bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}", refresh=False)
+        sums = sums + torch.stack([*shown, torch.ones_like(loss)]).detach() * len(batch[0])
+        bar.set_postfix_str(f"loss {sums[0] / sums[-1]:.4f}", refresh=False)
     process.combine(trained(parts).buffers(), 1 / process.world())  # each process has BatchNorm statistics of its own
-    *sums, seen = process.total(torch.cat([sums, sums.new_tensor([seen])])).tolist()
+    *sums, seen = process.total(sums).tolist()
     return [value / seen for value in sums]
 
 
@@ -467,21 +458,16 @@ def learning_rate(args, epoch):
     return low + (args.lr - low) * (1 + math.cos(math.pi * turns)) / 2
 
 
-def is_better(state, row, score):
-    """Return whether an epoch is the best so far; of equal scores the lower validation loss decides."""
-    return (row[score], -row["val_loss"]) > (state["best"], -state["best_loss"])
-
-
 def epochs_left(state, args):
     """Return how many epochs the run needs, this fold's and later ones'."""
     return args.epochs * (1 + state["later"]) - state["epoch"]
 
 
-def end_epoch(out, state, parts, best, measured, score, started, args):
-    """Save what an epoch leaves: best.pt where its `score` is the best so far, metrics.csv, last.pt. Return the new
-    state."""
+def end_epoch(out, state, parts, best, save, measured, score, started, args):
+    """Save what an epoch leaves: where its `score` is the best so far, of equal ones that with the lower validation
+    loss, best.pt and what `save` draws; metrics.csv, last.pt. Return the new state."""
     epoch = state["epoch"] + 1
-    better = is_better(state, measured, score)
+    better = (measured[score], -measured["val_loss"]) > (state["best"], -state["best_loss"])
     first = dict(list(measured.items())[:3])  # losses, and the score that all tables have
     row = {
         "epoch": epoch,
@@ -495,6 +481,7 @@ def end_epoch(out, state, parts, best, measured, score, started, args):
         state |= {"best": row[score], "best_loss": row["val_loss"], "stale": 0}
     if process.rank() == 0:  # in this order: whatever a kill leaves out, resuming from last.pt makes again
         if better:
+            save()
             runs.save_checkpoint({**best, "epoch": epoch, **measured}, out / "best.pt")
         last = {name: part.state_dict() for name, part in parts.items()}
         last["state"] = state

@@ -91,7 +91,7 @@ def save_curves(history: list, file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("  NOTE: no curves.png: pip install matplotlib to have it drawn")
+        process.note(["no curves.png: pip install matplotlib to have it drawn"])
         return
     columns = [name for name in history[0] if name not in ("epoch", "seconds")]
     figure = Figure((4 * len(columns), 3.5), dpi=110, layout="constrained")

@@ -42,21 +42,21 @@ def tiles_along(size, tile=TILE, overlap=OVERLAP):
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, field: Field, compute: Compute, tta: bool = False, scale: float = 1.0, tile: int = TILE,
-            overlap: int = OVERLAP) -> torch.Tensor:
+def predict(model: nn.Module, field: Field, compute: Compute, tta: bool = False, scale: float = 1.0,
+            **tiles) -> torch.Tensor:
     """Return the probabilities (classes - 1, H, W), float32, of all classes but the background, by a network in eval
     mode. Where tiles overlap they are their weighted means.
 
     tta: of each tile the mean over its four turns, each as it is and mirrored (test-time augmentation).
-    scale: the image is predicted enlarged by it; the probabilities are of its own size.
+    scale: the image is predicted enlarged by it; the probabilities are of its own size. tiles: see tiles_along.
     """
     height, width = field.shape
     if scale != 1:
-        found = predict(model, enlarged(field, scale), compute, tta, 1.0, tile, overlap)[None]
+        found = predict(model, enlarged(field, scale), compute, tta, **tiles)[None]
         return F.interpolate(found, (height, width), mode="bilinear", antialias=True)[0]
     found = None
-    for rows, row_weights in tiles_along(height, tile, overlap):
-        for columns, column_weights in tiles_along(width, tile, overlap):
+    for rows, row_weights in tiles_along(height, **tiles):
+        for columns, column_weights in tiles_along(width, **tiles):
             image = field.window(rows, columns)                                               # (C, h, w)
             ways = range(8) if tta else [0]
             mean = sum(one_way(model, image, compute, way) for way in ways) / len(ways)       # (classes - 1, h, w)

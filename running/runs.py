@@ -62,14 +62,15 @@ def read_config(run: Path) -> dict:
     file = run / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        config["task"] == "cls" or config["nucleus"]
+        config["folds"], config["task"] == "cls" or config["nucleus"]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: is not what this version of train.py writes ({one_line(error, 100)})") from error
     return config
 
 
 def save_json(values: dict, file: Path) -> None:
-    text = json.dumps(values, indent=2) + "\n"
+    """Write plain values and paths."""
+    text = json.dumps(values, indent=2, default=str) + "\n"
     with process.replacing(file) as handle:
         handle.write(text.encode())
 

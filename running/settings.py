@@ -137,7 +137,7 @@ def parse_args(argv: list | None = None, description: str | None = None) -> Name
     saved = {}
     if args.resume:
         args.out = args.out or runs.newest_run("config.json")
-        saved = {"folds": 1} | runs.read_config(args.out)  # segmentations of earlier versions do not say so
+        saved = runs.read_config(args.out)
     start = {} if args.resume else runs.start_of(args.weights)
     task = args.task or (saved or start).get("task", "seg")
     parser = make_parser(description, [task])  # it knows no flag of the other task
@@ -187,7 +187,7 @@ def refuse_other_settings(args: Namespace, saved: dict, may_change: tuple = PLAC
 
 def digest(records: list) -> str:
     """Return a hash of which images there are, with their splits and labels, wherever they lie."""
-    rows = sorted(f"{record.name or record.image.name},{record.labels},{record.split}" for record in records)
+    rows = sorted(f"{record.name},{record.labels},{record.split}" for record in records)
     return hashlib.sha256("\n".join(rows).encode(errors="surrogateescape")).hexdigest()
 
 

@@ -167,7 +167,7 @@ BAD = [
     ("test", ["{seg}", "--ring", "3"], None, "--ring, --rois or --geojson: is for what --images writes"),
     ("test", ["{seg}", "--rois"], None, "--ring, --rois or --geojson: is for what --images writes"),
     ("test", ["{cls}", "--save-masks", "{tmp}/masks"], None, "is a classification; it takes no --"),
-    ("test", ["{cls}", "--images", "{coloured}", "--data", "{coloured}"], None, "leave --data out"),
+    ("test", ["{cls}", "--images", "{coloured}", "--data", "{coloured}"], None, "not allowed with argument --images"),
     ("test", ["{cls}", "--images", "{coloured}", "{cls}"], None, "is the folder of a run; name runs before --images"),
     ("test", ["{cls}", "--images", "{tmp}/nothing"], None, "names no image file"),
     ("data", ["check", "{tmp}/nowhere"], None, "no such folder"),

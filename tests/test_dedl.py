@@ -159,9 +159,10 @@ def test_metrics_by_hand():
 
 
 def test_metrics_of_empty_images():
-    left_empty = dedl.segmentation_scores([[0, 0, 0, 9]])
+    left_empty = dedl.segmentation_scores(torch.tensor([[0, 0, 0, 9]]))
     assert left_empty["iou"] == left_empty["precision"] == left_empty["recall"] == left_empty["mean_image_iou"] == 1
-    missed, invented = dedl.segmentation_scores([[0, 0, 5, 4]]), dedl.segmentation_scores([[0, 5, 0, 4]])
+    missed = dedl.segmentation_scores(torch.tensor([[0, 0, 5, 4]]))
+    invented = dedl.segmentation_scores(torch.tensor([[0, 5, 0, 4]]))
     assert missed["precision"] == missed["iou"] == 0 and invented["recall"] == invented["iou"] == 0
 
 
@@ -231,7 +232,7 @@ def test_classification_scores_by_hand():
 
 
 def test_classification_scores_where_nothing_is():
-    nothing = dedl.classification_scores(torch.zeros(3, 2), torch.zeros(3, 2), ["a", "b"])
+    nothing = dedl.classification_scores(torch.zeros(3, 2) > 0, torch.zeros(3, 2) > 0, ["a", "b"])
     assert nothing["f1_micro"] == nothing["f1_macro"] == 0
     assert nothing["subset_accuracy"] == 1
 

@@ -34,8 +34,9 @@ def untrained(folder, arch, depth, encoder="test_efficientnet", channels=1):
             layer.running_var.uniform_(0.5, 1.5)
     folder.mkdir()
     runs.save_checkpoint({"setting": setting, "model": model.state_dict()}, folder / "best.pt")
-    runs.save_json(dict(task="seg", data="x", seed=1, recipe="short", rows="", device="cpu", amp="off", setting=setting,
-                        weights_used="none", channel="DAPI", channels=["DAPI", "CD4"][:channels], nucleus=["any"]),
+    runs.save_json(dict(task="seg", folds=1, data="x", seed=1, recipe="short", rows="", device="cpu", amp="off",
+                        setting=setting, weights_used="none", channel="DAPI", channels=["DAPI", "CD4"][:channels],
+                        nucleus=["any"]),
                    folder / "config.json")
     return folder
 

@@ -268,7 +268,7 @@ def test_an_earlier_run_is_trained_further(finished, tmp_path, script, monkeypat
 def test_the_first_convolution_goes_by_the_names_of_stains(tmp_path):
     setting = {"encoder": "test_resnet", "in_channels": 2, "depth": 2, "decoder_channels": [8, 8], "classes": 3}
     earlier = models.build_segmenter(**setting)
-    runs.save_json({"task": "seg", "nucleus": {}, "setting": setting}, tmp_path / "config.json")
+    runs.save_json({"task": "seg", "folds": 1, "nucleus": {}, "setting": setting}, tmp_path / "config.json")
     runs.save_checkpoint({"model": earlier.state_dict()}, tmp_path / "best.pt")
     config = {"setting": setting, "channels": ["DAPI", "CD4"]}
     first = next(name for name, value in earlier.state_dict().items() if value.ndim == 4)
@@ -507,13 +507,3 @@ def test_geojson_has_a_polygon_a_nucleus(finished, script, tmp_path):
     assert (tmp_path / "out" / "field1.geojson").is_file()
     assert script(test, run, "--geojson", "--save-masks", tmp_path / "m")[0] == 0
     assert len(list((tmp_path / "m").glob("*.geojson"))) == 3
-
-
-def test_a_run_of_the_version_without_folds_goes_on(tiny, script, tmp_path):
-    run = tmp_path / "run"
-    assert script(train, "--data", tiny, *TRAIN, "--out", run)[0] == 0
-    config = runs.read_config(run)
-    del config["folds"]
-    runs.save_json(config, run / "config.json")
-    status, out, err = script(train, "--resume", "--out", run, "--epochs", 2)
-    assert status == 0 and "going on after epoch 1" in out, err
