@@ -30,6 +30,7 @@ from images import manifests, reading
 from networks import encoders, fast
 from running import figures, nuclei, prediction, process, runs
 from running.compute import choose_compute
+from running.muon import Muon
 from running.process import InputError, note, progress
 from running.settings import digest, how_to_go_on, parse_args, refuse_other_data, refuse_other_settings
 
@@ -346,10 +347,12 @@ def save_config(args, compute, parts, records, **found):
 def make_parts(model, app, args, compute):
     """Return what a training consists of, on the device: all that last.pt keeps."""
     fast.speed_up(model.to(compute.device, memory_format=torch.channels_last))
-    adam = torch.optim.Adam if args.recipe == "paper" else torch.optim.AdamW
+    short = Muon if args.task == "seg" else torch.optim.AdamW
+    optimizer = torch.optim.Adam if args.recipe == "paper" else short
     parts = {
         "model": model,
-        "optimizer": adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True),
+        "optimizer": optimizer(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
+                               fused=optimizer is not Muon),
         "scaler": compute.scaler(),
     }
     if app:

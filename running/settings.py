@@ -15,7 +15,7 @@ from running.process import SEED, InputError, Parser, number
 RECIPES = ("paper", "short", "synthetic")
 DEFAULTS = {
     "seg": {
-        "lr": (3.6e-4, 1e-3, 1e-3),
+        "lr": (3.6e-4, 2e-3, 2e-3),
         "weight_decay": (1e-5, 1e-2, 1e-2),
         "batch_size": (16, 4, 8),
         "epochs": (50, 6, 3),

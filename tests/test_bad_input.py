@@ -268,7 +268,7 @@ BAD = [
       for command, place in (("test", ["{seg}"]), ("resume", ["--out", "{seg}"]))
       for content in (b"", b"{", b"\xff\xfe", b"{}", b"[1]", b'{"task": "seg"}')],
     ("test", ["{seg}"], spoil("seg/config.json", None), "seg/config.json: Is a directory"),
-    ("resume", ["--out", "{seg}"], spoil("seg/config.json", lambda text: text.replace(b'"lr": 0.001', b'"lr": "x"')),
+    ("resume", ["--out", "{seg}"], spoil("seg/config.json", lambda text: text.replace(b'"lr": 0.002', b'"lr": "x"')),
      "argument --lr: invalid float"),
     *[("test", ["{seg}"], spoil("seg/best.pt", content), f"seg/best.pt: {message}")
       for content, message in ((b"", "is not a checkpoint"), (b"PK\3\4" * 50, "is not a checkpoint"),

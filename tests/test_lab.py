@@ -256,7 +256,7 @@ def test_an_earlier_run_is_trained_further(finished, tmp_path, script, monkeypat
     saved = torch.load(run / "best.pt")["model"]
     assert saved.keys() == begun.keys() and all(torch.equal(saved[name], begun[name]) for name in saved)
     config = runs.read_config(tmp_path / "on")
-    assert config["weights_used"] == str(run) and config["depth"] == 2 and config["lr"] == pytest.approx(0.3 * 1e-3)
+    assert config["weights_used"] == str(run) and config["depth"] == 2 and config["lr"] == pytest.approx(0.3 * 2e-3)
     assert script(train, *flags, "--lr", 1e-4, "--out", tmp_path / "rate")[0] == 130
     assert runs.read_config(tmp_path / "rate")["lr"] == 1e-4
     status, _, err = script(train, *flags, "--arch", "unetpp", "--out", tmp_path / "other")

@@ -234,7 +234,7 @@ def test_an_image_does_not_change_much_where_tiles_fall(run):
         def probability(**how):
             return prediction.predict(model, field, on_cpu, **how)
         whole, cut, blended = probability(), probability(tile=64, overlap=0), probability(tile=64, overlap=32)
-    assert (blended - whole).abs().mean() < 0.7 * (cut - whole).abs().mean()
+    assert (blended - whole).abs().mean() < 0.9 * (cut - whole).abs().mean()
 
 
 # -------------------------------------------------------------------------------------------------------------- stains

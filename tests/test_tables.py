@@ -45,7 +45,7 @@ def test_runs_of_other_flags_have_other_folders(tables, tiny, tmp_path):
     assert len(folders()) == 6 * 3 * 5
     assert folders("--seeds", "2") < folders()                       # more seeds, or values, go on with what is there
     assert folders("--vary", "limit-train=8,all") < folders()
-    assert not folders("--", "--lr", "2e-3") & folders()
+    assert not folders("--", "--lr", "4e-3") & folders()
     assert folders("--", "--lr=0.001") == folders("--", "--lr", "1e-3")
     assert not folders("--", "--epochs", "5", "--batch-size", "8") & folders("--", "--epochs", "8", "--batch-size", "5")
     before = folders()

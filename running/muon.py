@@ -1,0 +1,41 @@
+"""The optimizer of segmentations under --recipe short: Muon for the weights of convolutions, AdamW for the rest.
+
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". torch.optim.Muon takes matrices alone.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but a convolution's weight, as a matrix (out, in k k), moves by its momentum made orthogonal: as far in
+    each direction that the momentum has. All in all it moves as far as by AdamW (Liu et al. 2025, arXiv 2502.16982), so
+    that one learning rate serves all weights."""
+
+    @torch.no_grad()
+    def step(self):
+        group, = self.param_groups
+        for weight in group["params"]:
+            if weight.ndim < 4:
+                continue
+            state = self.state[weight]
+            state["step"] = torch.zeros(())  # AdamW looks for it when a run goes on
+            momentum = state.setdefault("exp_avg", torch.zeros_like(weight)).lerp_(weight.grad, 0.05)
+            ahead = weight.grad.lerp(momentum, 0.95).flatten(1)               # Nesterov's; (out, in k k)
+            size = 0.2 * max(ahead.shape) ** 0.5                              # an RMS of 0.2
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.sub_(orthogonal(ahead).view_as(weight), alpha=group["lr"] * size)
+            weight.grad = None                                                # AdamW passes it by
+        super().step()
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Return a matrix (m, n) with the same singular vectors, bfloat16, its singular values levelled: near 1, 0.7 to
+    1.2, but small ones at most 40 times their share of the norm. These are three of Jordan's Newton-Schulz steps. By
+    his five, which take longer, networks here learnt no more."""
+    wide = matrix.T if len(matrix) > matrix.shape[1] else matrix
+    wide = F.normalize(wide.bfloat16(), dim=(0, 1))
+    for _ in range(3):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.775 * gram) @ wide
+    return wide if wide.shape == matrix.shape else wide.T
