@@ -4,7 +4,6 @@ Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". t
 """
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 
 class Muon(torch.optim.AdamW):
@@ -16,11 +15,12 @@ class Muon(torch.optim.AdamW):
     def step(self):
         group, = self.param_groups
         for weight in group["params"]:
-            if weight.ndim < 4:
+            if weight.ndim < 4 or weight.grad is None:
                 continue
             state = self.state[weight]
-            state["step"] = torch.zeros(())  # AdamW looks for it when a run goes on
-            momentum = state.setdefault("exp_avg", torch.zeros_like(weight)).lerp_(weight.grad, 0.05)
+            if not state:  # AdamW looks for a step when a run goes on
+                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(weight))
+            momentum = state["exp_avg"].lerp_(weight.grad, 0.05)
             ahead = weight.grad.lerp(momentum, 0.95).flatten(1)               # Nesterov's; (out, in k k)
             size = 0.2 * max(ahead.shape) ** 0.5                              # an RMS of 0.2
             weight.mul_(1 - group["lr"] * group["weight_decay"])
@@ -29,7 +29,7 @@ class Muon(torch.optim.AdamW):
         super().step()
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def orthogonal(matrix):
     """Return a matrix (m, n) with the same singular vectors, bfloat16, its singular values levelled: near 1, 0.7 to
     1.2, but small ones at most 40 times their share of the norm. These are three of Jordan's Newton-Schulz steps. By
     his five, which take longer, networks here learnt no more."""

@@ -88,6 +88,13 @@ def test_scaled_gradients_are_scaled_back():
     assert_same(scaled, plain)
 
 
+def test_frozen_weights_stay():
+    model = network()
+    model[2].requires_grad_(False)
+    learn(model, Muon(model.parameters(), **SETTING), range(2))
+    assert torch.equal(model[2].weight, network()[2].weight) and not torch.equal(model[4].weight, network()[4].weight)
+
+
 @pytest.mark.parametrize("recipe, has_muon", [("short", True), ("paper", False)])
 def test_segmentations_of_the_short_recipe_have_it(tiny, tmp_path, recipe, has_muon):
     tile = ["--tile", "64"] if recipe == "short" else []
