@@ -49,6 +49,11 @@ def test_profile(benchmark):
     assert status == 0 and re.search(r"^\| convolution_backward \| \d+ \| \d+ \| \d+ \|$", out, re.M)
 
 
+def test_step(benchmark, tiny):
+    status, out, _ = benchmark("step", "--data", tiny, "--rounds", 1, "--device", "cpu", "--amp", "off")
+    assert status == 0 and len(re.findall(r"^\| [^|]+ \| \d+\.\d ms \| \d+\.\d% \|$", out, re.M)) == 9
+
+
 def test_minutes(benchmark, tiny, tmp_path):
     flags = ("--data", tiny, "--minutes", 0.01, "--seeds", 2, "--splits", "validation,test", "--out", tmp_path, "--amp",
              "off")
