@@ -217,7 +217,7 @@ class FocalLoss(nn.Module):
         alpha * w_c * (1 - p_t)^gamma * -log(p_t),   p_t = sigmoid(z) where y = 1, 1 - sigmoid(z) where y = 0
 
     gamma takes weight from what is classified well already; gamma 0 is the (weighted) binary cross-entropy.
-    class_weights: w (C,), None for 1. forward: logits (N, C), truth (N, C) in [0, 1] -> scalar, float32.
+    class_weights: w (C,), None for 1. forward: logits (N, C), truth (N, C) in [0, 1], float32 -> scalar.
 
     log(p_t) is logsigmoid(+-z), and (1 - p_t)^gamma is exp(gamma * logsigmoid(-+z)): neither rounds to log(0), nor has
     it an infinite slope, whatever z is.

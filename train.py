@@ -1,6 +1,6 @@
 """Trains a model on a data folder, or on the built-in synthetic set.
 
-    python train.py --task seg                          the synthetic set, a few minutes on two CPU cores
+    python train.py --task seg                          the synthetic set, a minute on two CPU cores
     python train.py --task seg --data DIR               your data
     python train.py --task seg --data DIR --recipe paper
     python train.py --task cls --data DIR               phenotypes, several an image, in a cross-validation of 6 folds
@@ -433,8 +433,9 @@ def train_step(parts, batch, losses_of, rate, compute):
         optimizer.zero_grad()
     scaler.scale(losses[0]).backward()
     process.combine([weight.grad for weight in trained(parts).parameters() if weight.grad is not None], share)
-    for optimizer in optimizers:
-        scaler.step(optimizer)
+    with compute.autocast():  # for Muon's products
+        for optimizer in optimizers:
+            scaler.step(optimizer)
     scaler.update()
     if "average" in parts:
         parts["average"].update_parameters(model)

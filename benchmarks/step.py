@@ -4,7 +4,7 @@ other in each round, medians.
     python benchmarks/step.py                  on dsb2018 in ../shared/data
     python benchmarks/step.py --rounds 100
 
-The gradients of the losses stop at the logits, from where they go on through the network: so each has its own time.
+The way back is timed in parts: first from each loss to the logits, then from their sum through the network.
 """
 import collections
 import copy
@@ -81,7 +81,8 @@ def main(argv=None):
         for weight, own in zip(other.parameters(), model.parameters()):
             weight.grad = own.grad
         timed("(AdamW in its place)", adamw.step)
-        timed("optimizer", parts["optimizer"].step)
+        with compute.autocast():
+            timed("optimizer", parts["optimizer"].step)
         timed("APP's optimizer", parts["app_optimizer"].step)
         timed("average of the weights", lambda: parts["average"].update_parameters(model))
     medians = {what: statistics.median(own[2:]) for what, own in seconds.items()}

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but a convolution's weight, as a matrix (out, in k k), moves by its momentum made orthogonal: as far in
-    each direction that the momentum has. All in all it moves as far as by AdamW (Liu et al. 2025, arXiv 2502.16982), so
-    that one learning rate serves all weights."""
+    """AdamW, but a convolution's weight, as a matrix (out, in k k), moves by its momentum made orthogonal: about as far
+    in each direction that the momentum has. In all it moves as far as by AdamW (Liu et al. 2025, arXiv 2502.16982), so
+    that one learning rate serves all weights. Its products are in the precision of autocast."""
 
     @torch.no_grad()
     def step(self):
@@ -30,11 +30,11 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix):
-    """Return a matrix (m, n) with the same singular vectors, bfloat16, its singular values levelled: near 1, 0.7 to
-    1.2, but small ones at most 40 times their share of the norm. These are three of Jordan's Newton-Schulz steps. By
-    his five, which take longer, networks here learnt no more."""
+    """Return a matrix (m, n) with the same singular vectors, its singular values levelled: near 1, 0.7 to 1.2, but
+    small ones at most 40 times their share of the norm. These are three of Jordan's Newton-Schulz steps. By his five,
+    which take longer, networks here learnt no more."""
     wide = matrix.T if len(matrix) > matrix.shape[1] else matrix
-    wide = F.normalize(wide.bfloat16(), dim=(0, 1))
+    wide = F.normalize(wide, dim=(0, 1))
     for _ in range(3):
         gram = wide @ wide.T
         wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.775 * gram) @ wide

@@ -34,7 +34,7 @@ def learn(model, optimizer, seeds, scaler=None):
 
 
 def assert_same(model, other):
-    """Each weight went the same way, up to the rounding to bfloat16."""
+    """Each weight went the same way, up to rounding: torch multiplies in bfloat16."""
     for (name, weight), expected, start in zip(model.named_parameters(), other.parameters(), network().parameters()):
         assert (weight - expected).norm() < 0.05 * (expected - start).norm(), name
 
@@ -44,7 +44,7 @@ def test_orthogonal_keeps_the_directions_and_levels_their_sizes(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape) * torch.logspace(0, -1, shape[1])
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    inside = left.T @ orthogonal(matrix).float() @ right.T                     # diagonal, if directions are the same
+    inside = left.T @ orthogonal(matrix) @ right.T                     # diagonal, if directions are the same
     sizes = inside.diagonal()
     assert 0.6 < sizes.min() and sizes.max() < 1.3, sizes
     assert (inside - sizes.diag()).abs().max() < 0.05
