@@ -15,6 +15,7 @@ import dedl
 import models
 from networks import fast
 from running import runs
+from running.muon import Muon
 
 FORMS = ("none", "conv", "linear")
 
@@ -34,8 +35,9 @@ def main(argv=None):
 
         def step(model=model, app=app, optimizers=optimizers):
             harness.training_step(model.train(), images, truth, compute, app)
-            for optimizer in optimizers:
-                optimizer.step()
+            with compute.autocast():
+                for optimizer in optimizers:
+                    optimizer.step()
         training[form] = step
     seconds = harness.in_turn(training, args.rounds, compute.device)
     for form in FORMS:
@@ -67,8 +69,7 @@ def side(form, args, compute):
     model = harness.our_network(args.arch, args.encoder, args.depth, compute)
     app = dedl.build_app(form, args.tile)
     app = app.to(compute.device) if app else None
-    optimizers = [harness.torch.optim.AdamW(model.parameters(), lr=1e-4, fused=compute.device.type != "mps"),
-                  *([dedl.app_optimizer(app)] if app else [])]
+    optimizers = [Muon(model.parameters(), lr=1e-4), *([dedl.app_optimizer(app)] if app else [])]
     return model, app, optimizers
 
 
