@@ -41,7 +41,7 @@ from running.process import InputError
 
 COMPUTES = ("dedl.py", "models.py", "data.py", "train.py", "networks/encoders.py", "networks/fast.py",
             "images/labels.py", "images/reading.py", "images/manifests.py", "running/nuclei.py",
-            "running/prediction.py")
+            "running/muon.py", "running/prediction.py")
 RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101"]
 EFFICIENTNETS = [f"efficientnet_b{n}" for n in range(8)]
 APPS = ["none", "conv", "linear", "conv:relu", "linear:relu"]
@@ -68,14 +68,14 @@ PAPER_RECALL = {  # the published code calls it F1
 
 # task, the scores that are shown, the flags of train.py that vary, each with its values: a cell for each combination
 TABLES = {
-    "segmentation": ("seg", ["iou", "mean_image_iou"], {"arch": ["unet", "unetpp"],
-                                                        "encoder": RESNETS + EFFICIENTNETS, "app": APPS}),
+    "segmentation": ("seg", ["iou", "mean_image_iou", "ap50"], {"arch": ["unet", "unetpp"],
+                                                                "encoder": RESNETS + EFFICIENTNETS, "app": APPS}),
     "classification": ("cls", ["f1_micro", "f1_macro", "recall_micro"], {"model": list(PAPER_RECALL)}),
-    "efficiency": ("seg", ["iou", "mean_image_iou"], {"limit-train": ["8", "16", "32", "64", "128", "all"],
-                                                      "app": ["none", "conv", "linear"]})}
+    "efficiency": ("seg", ["iou", "mean_image_iou", "ap50"], {"limit-train": ["8", "16", "32", "64", "128", "all"],
+                                                              "app": ["none", "conv", "linear"]})}
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe & Ito
-TITLES = {"iou": "IoU", "mean_image_iou": "mean image IoU", "f1_micro": "micro-F1", "f1_macro": "macro-F1",
-          "recall_micro": "micro recall"}
+TITLES = {"iou": "IoU", "mean_image_iou": "mean image IoU", "ap50": "AP@0.5", "f1_micro": "micro-F1",
+          "f1_macro": "macro-F1", "recall_micro": "micro recall"}
 
 OWN = ("task", "data", "out", "seed", "resume", "device", "fold")  # flags that this script sets
 # quantiles 0.975 of Student's t with 1, 2, ... degrees of freedom
@@ -119,11 +119,12 @@ class Job:
         return (self.folder / f"{split}.json").is_file()
 
     def score(self, split, name):
-        """The score, None where the run is not done: of a cross-validation the mean over its folds."""
+        """The score, of a cross-validation the mean over its folds; None where the run is not done, or has it not, as
+        AP@0.5 where masks are no label images."""
         if not self.done(split):
             return None
         scores = json.loads((self.folder / f"{split}.json").read_text())
-        return scores["mean"][name] if "mean" in scores else scores[name]
+        return scores.get("mean", scores).get(name)
 
     def config(self):
         return json.loads((self.folder / "config.json").read_text())
@@ -146,7 +147,8 @@ def parse_args(argv):
     add("--out", type=Path, default=Path("runs/tables"), help="the runs' folders, and TABLE.md [%(default)s]")
     add("--vary", action="append", default=[], metavar="FLAG=A,B", help="values of a flag of train.py, in place of the "
         "table's own or as a further axis; app: none, conv, linear, with :relu for ReLU; limit-train: all for no limit")
-    add("--seeds", type=number(int, 1, len(T) + 1), default=5, help="seeds 1 to N [5]")
+    add("--seeds", type=number(int, 1, len(T) + 1), default=5, help="as many seeds [5]")
+    add("--first-seed", type=number(int, 1), default=1, help="and those that follow it [1]")
     add("--split", choices=["test", "validation"], default="test", help="choose settings by validation alone [test]")
     add("--minutes", type=number(float, 0.01), help="begin no run that would not end in this time; at its end stop "
         "those that still go on: the next call resumes them")
@@ -192,6 +194,10 @@ def is_numbers(values):
     return all(value == "all" or value.isdecimal() and int(value) for value in values)
 
 
+def seeds_of(args):
+    return range(args.first_seed, args.first_seed + args.seeds)
+
+
 def code_digest():
     """Eight digits that tell which code computes."""
     code = b"".join((harness.ROOT / name).read_bytes() for name in COMPUTES)
@@ -225,7 +231,7 @@ def plan(args):
         name = "-".join(re.sub(r"\W", "_", value) for value in told if value != "None")
         cells.append((cell, flags, f"{name}-{digest}"))  # tables share the runs that they have in common
     return [Job(cell, seed, [*flags, f"--seed={seed}"], args.out / f"{name}-seed{seed}")
-            for seed in range(1, args.seeds + 1) for cell, flags, name in cells]
+            for seed in seeds_of(args) for cell, flags, name in cells]
 
 
 # ------------------------------------------------------------------------------------------------------------ the work
@@ -260,7 +266,8 @@ def work(waiting, args):
                     usual.append(time.monotonic() - since)
                     if not args.keep_weights:
                         job.drop_weights()
-                    shown = ", ".join(f"{TITLES[name]} {job.score(args.split, name):.4f}" for name in args.scores)
+                    shown = ", ".join(f"{TITLES[name]} {score:.4f}" for name in args.scores
+                                      if (score := job.score(args.split, name)) is not None)
                     print(f"{job.folder.name}: {shown}, {usual[-1]:.0f} s", flush=True)
             if time.monotonic() > ends:
                 break
@@ -281,7 +288,7 @@ def start(job, device, args):
     elif device != "mps":
         environment["CUDA_VISIBLE_DEVICES"], device = device, "cuda"
     args.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "one", str(job.folder), args.split, device, *job.flags, *args.precision]
+    command = [sys.executable, sys.argv[0], "one", str(job.folder), args.split, device, *job.flags, *args.precision]
     with open(args.out / f"{job.folder.name}.log", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -293,8 +300,7 @@ def one(argv):
         if (Path(folder) / "config.json").is_file():
             flags = [*(flag for flag in flags if not flag.startswith("--amp=")), "--resume"]  # it keeps its precision
         train.main([*flags, "--device", device, "--out", folder])
-    amp = {"bfloat16": "bf16", "float16": "fp16"}.get(runs.read_config(Path(folder))["amp"], "off")
-    test.main([folder, "--split", split, "--device", device, "--amp", amp])
+    test.main([folder, "--split", split, "--device", device, "--amp", runs.read_config(Path(folder))["amp"]])
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -308,14 +314,15 @@ def mean_and_interval(values):
 
 def markdown(jobs, args):
     """What made the tables, which versions and machines; a table for each score."""
-    tables = [line for name in args.scores for line in ("", *table(jobs, args, name))]
+    found = [name for name in args.scores if any(job.score(args.split, name) is not None for job in jobs)]
+    tables = [line for name in found or args.scores[:1] for line in ("", *table(jobs, args, name))]
     return "\n".join([*about(jobs, args), *tables]) + "\n"
 
 
 def table(jobs, args, name):
     """The lines of a score's table: one for each cell that is done, those that differ in APP alone together, and at the
     end the mean over the cells. Beside the paper's own score what the paper has."""
-    seeds = range(1, args.seeds + 1)
+    seeds = seeds_of(args)
     scores = {(*sorted(job.cell.items()), job.seed): score for job in jobs
               if (score := job.score(args.split, name)) is not None}
     base, *others = apps = args.axes.get("app", [None])

@@ -101,7 +101,7 @@ def test_what_is_done_is_not_done_again(tables, tiny, tmp_path, capfd):
     tables.main(flags)                                                # without a further process
     said = capfd.readouterr().out
     assert "of them done" not in said and "2 of 2 runs, measured on the test split" in said
-    assert len(re.findall(r"^\| (?:2|all) \| [\d.]+ \| 1 \|", said, re.M)) == 4  # IoU, mean image IoU
+    assert len(re.findall(r"^\| (?:2|all) \| [\d.]+ \| 1 \|", said, re.M)) == 6  # IoU, mean image IoU, AP@0.5
     assert (tmp_path / "plot.png").is_file() and not list(tmp_path.glob("*/*.pt"))
 
 
