@@ -9,6 +9,7 @@ These are the textbook forms. networks/fast.py has faster ones of the same funct
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from networks.encoders import conv_bn_relu, create_classifier, create_encoder
 from running.process import InputError
@@ -183,32 +184,35 @@ def default_decoder_channels(depth: int) -> tuple[int, ...]:
 
 # --------------------------------------------------------------------------------------------------------- classifier
 class Classifier(nn.Module):
-    """A timm classifier that normalises its input by the mean and deviation of its timm config.
+    """A timm classifier that normalises its input by a mean (3,) and a deviation (3,).
 
     forward: image (N, 3, S, S), float in [0, 1] or uint8, S as in image_size -> logits (N, classes)
     """
 
-    def __init__(self, network: nn.Module, image_size: int):
+    def __init__(self, network: nn.Module, image_size: int, mean, std):
         super().__init__()
-        config = network.pretrained_cfg
         self.network = network
         self.image_size = image_size
-        self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None])
-        self.register_buffer("std", torch.tensor(config["std"])[:, None, None])
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, image):
         image = image / 255 if image.dtype == torch.uint8 else image
         return self.network((image - self.mean) / self.std)
 
 
-def build_classifier(model: str, classes: int, image_size: int = 384, weights: str = "none") -> Classifier:
+def build_classifier(model: str, classes: int, image_size: int = 384, weights: str = "none",
+                     recipe: str = "short") -> Classifier:
     """Build a classifier of RGB images (N, 3, image_size, image_size), float in [0, 1] or uint8 -> logits (N, classes).
 
-    model: any timm classifier. weights: as for build_segmenter; the head is always new.
+    model: any timm classifier. weights: as for build_segmenter; the head is always new. recipe: its input is normalised
+    as its timm config has it; of "paper" by ImageNet's mean and deviation, whatever the model (notebooks of the paper).
     Raises InputError, also where the model cannot take images of this size.
     """
     network, used = create_classifier(model, classes, image_size, weights)
-    classifier = Classifier(network, image_size)
+    config = network.pretrained_cfg
+    mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if recipe == "paper" else (config["mean"], config["std"])
+    classifier = Classifier(network, image_size, mean, std)
     classifier.weights_used = used
     return classifier
 

@@ -188,7 +188,8 @@ def classify(run: Loaded | Path | str, image: np.ndarray) -> dict:
     loaded = run if isinstance(run, Loaded) else load(run)
     config = loaded.config
     rgb = reading.as_rgb(reading.as_channels(image))
-    image = data.square(rgb, config["image_size"], encoders.interpolation(config["model"]))               # (3, S, S)
+    interpolation = encoders.interpolation(config["model"], config["recipe"])
+    image = data.square(rgb, config["image_size"], interpolation)                                         # (3, S, S)
     logits = prediction.classify(loaded.network, image[None], loaded.compute)[0]                          # (classes,)
     return dict(zip(config["classes"], logits.sigmoid().tolist()))
 
@@ -388,7 +389,7 @@ def test_classification(run, config, compute, args, brief):
     # 1. probabilities of the folds and of their ensemble
     folder, records = find_split(config, args)
     classes = config["classes"]
-    interpolation = encoders.interpolation(config["model"])
+    interpolation = encoders.interpolation(config["model"], config["recipe"])
     labelled = data.read_labelled(records, classes, config["image_size"], interpolation, f"{args.split} images")
     networks = runs.load_networks(run, config, compute)
     networks.pop("ensemble", None)
@@ -453,7 +454,7 @@ def predict_labels(run, config, compute, args):
     Images that cannot be read are named at the end; then InputError is raised."""
     table = run / "predictions.csv"
     records = new_records(args)
-    interpolation = encoders.interpolation(config["model"])
+    interpolation = encoders.interpolation(config["model"], config["recipe"])
     images = {}
     unreadable = []
     for record in progress(records, "reading"):

@@ -169,9 +169,9 @@ def train_classification(args, compute):
           for name in classes if name not in learnt])
     note([f"{record.image}: has no label; it counts as of none of the classes"
           for record in training if not record.labels])
-    interpolation = encoders.interpolation(args.model)
+    interpolation = encoders.interpolation(args.model, args.recipe)
     labelled = data.read_labelled(known, classes, args.image_size, interpolation, "training images")
-    setting = {"model": args.model, "classes": len(classes), "image_size": args.image_size}
+    setting = {"model": args.model, "classes": len(classes), "image_size": args.image_size, "recipe": args.recipe}
     found |= {"setting": setting, "classes": classes, "train_images_used": len(training)}
 
     # 2. fold by fold

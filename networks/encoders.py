@@ -210,10 +210,10 @@ def create_classifier(name: str, classes: int, image_size: int, weights: str) ->
     return with_weights(network.train(), create, name, weights)
 
 
-def interpolation(name: str) -> str:
-    """Return how images are resized for a timm model: "bicubic", "bilinear", ..."""
+def interpolation(name: str, recipe: str) -> str:
+    """Return how images are resized for a timm model: "bicubic", "bilinear", ...; paper: always bilinear."""
     check_name("model", name)
-    return timm.get_pretrained_cfg(name).interpolation
+    return "bilinear" if recipe == "paper" else timm.get_pretrained_cfg(name).interpolation
 
 
 # ------------------------------------------------------------------------------------------------------- first weights

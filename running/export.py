@@ -65,7 +65,7 @@ def export_run(run: Path, config: dict, file: Path) -> None:
         shape = (2, 3, size, size)
         text = (
             f"input   image, float32 (N, 3, {size}, {size}), RGB in [0, 1]; stretch images to this size,"
-            f" {encoders.interpolation(config['model'])}\n"
+            f" {encoders.interpolation(config['model'], config['recipe'])}\n"
             f"output  logits (N, classes) of {', '.join(config['classes'])}; sigmoid gives probabilities, the mean of "
             "the folds"
         )

@@ -93,7 +93,8 @@ def test_the_ensemble_is_the_mean_probability(cross_validated):
     run, folder = cross_validated
     compute = choose_compute("cpu", "off")
     records = [r for r in manifests.find_records(folder, task="cls")[0] if r.split == "test"]
-    shown = data.read_labelled(records, ["blue", "green", "red"], 32, encoders.interpolation("test_resnet")).images
+    way = encoders.interpolation("test_resnet", "short")
+    shown = data.read_labelled(records, ["blue", "green", "red"], 32, way).images
     networks = [runs.load_best(run / f"fold{k}", models.build_classifier, compute) for k in range(3)]
     of_fold = [prediction.classify(network, shown, compute).sigmoid() for network in networks]
     test.main([str(run), "--device", "cpu", "--amp", "off"])

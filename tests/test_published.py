@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import TRAIN
 from torch import nn
+from torchvision.transforms import v2
 
 import data
+import test
 import train
 from images import manifests
 from running import runs
@@ -66,6 +68,24 @@ def test_a_training_step_is_the_published_one(tiny, tmp_path, monkeypatch, app, 
     for published, own in pairs:
         assert ((own - published).abs() > 5e-6).float().mean() < 0.02  # Adam's step of a rounding error has any sign
     assert len(pairs) == len(list(model.parameters())) + 20 * bool(autoencoder)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "short"])
+def test_published_classifiers_get_imagenets_input(coloured, tmp_path, recipe):
+    """Mean and deviation of ImageNet and bilinear resize, though this model's own are 0.5 and bicubic."""
+    run = tmp_path / "run"
+    train.main(["--task", "cls", "--data", str(coloured), "--out", str(run), "--recipe", recipe, "--model", "test_vit",
+                "--image-size", "32", "--epochs", "1", "--folds", "2", "--fold", "0", "--device", "cpu", "--weights",
+                "none"])
+    loaded = test.load(run, "cpu", "off")
+    seen = []
+    loaded.network.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    rgb = np.random.default_rng(0).integers(0, 256, (3, 90, 70), np.uint8)
+    test.classify(loaded, rgb)
+    way = v2.InterpolationMode.BILINEAR if recipe == "paper" else v2.InterpolationMode.BICUBIC
+    image = v2.functional.resize(torch.from_numpy(rgb), [32, 32], way, antialias=True) / 255
+    mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if recipe == "paper" else ((0.5,) * 3, (0.5,) * 3)
+    torch.testing.assert_close(seen[0][0], v2.functional.normalize(image, mean, std))
 
 
 def test_published_tiles_are_a_grid_padded_with_zeros():
