@@ -6,7 +6,7 @@
     python benchmarks/priors.py segmentation --data DIR --vary app=none,blind ...     as tables.py
     python benchmarks/priors.py after RUN ... --prior PRIOR.pt       runs without APP, their predictions mended after
 
---app blind: half of each batch is of images without masks; all give back blanked pixels (question A).
+--app blind: a quarter of each batch is of images without masks; all give back blanked pixels (question A).
 --app restore: half of each batch is of images without masks; there the prediction is pulled to what a frozen network,
 that has learnt from masks alone, makes of it (question B).
 --app frozen: conv, whose autoencoder has learnt from true masks before, and is frozen (question C).
@@ -35,6 +35,7 @@ from running import prediction, process, runs, settings
 FORMS = ("blind", "restore", "frozen")
 MASKED = 64           # a pixel in so many is blanked
 REACH = 2             # pixels, of the neighbours that one of them is replaced by
+UNKNOWN = {"blind": 1 / 4, "restore": 1 / 2}  # share of a batch that is of images without masks
 RAMP = 80             # steps until the pull of restore has its whole weight
 LEARN = 400           # steps of an autoencoder that is frozen then
 OF_IMAGE = 10, 1e5    # how a blanked pixel's value stands among class indices: (value + 10) * 1e5
@@ -131,10 +132,11 @@ def make_loader(dataset, count, args, compute, state, original=train.make_loader
     for field in fields:
         field.labels = torch.zeros_like(field.labels)
     others = Unlabelled(fields, args.tile, args.seed + 1, classes=dataset.classes)
-    half = copy(args)
-    half.batch_size = args.batch_size // 2
-    others.passes = 1 + count // 2 // len(others)
-    loaders = [original(tiles, count // 2, half, compute, state) for tiles in (dataset, others)]
+    others.passes = 1 + count // len(others)
+    loaders = []
+    for tiles, share in ((dataset, 1 - UNKNOWN[args.app]), (others, UNKNOWN[args.app])):
+        part = Namespace(**vars(args) | {"batch_size": round(share * args.batch_size)})
+        loaders.append(original(tiles, round(share * count), part, compute, state))
     return Joined(loaders, args.app == "blind", args.seed)
 
 
@@ -243,7 +245,10 @@ def segmentation_losses(class_weights, args, original=train.segmentation_losses)
 def make_parts(model, app, args, compute, original=train.make_parts):
     if args.app == "blind":
         model.head.__class__ = OpenHead
-    return original(model, app, args, compute)
+    parts = original(model, app, args, compute)
+    if args.app == "blind":
+        parts["app_optimizer"] = torch.optim.Adam(app.parameters(), lr=1e-2)
+    return parts
 
 
 # --------------------------------------------------------------------------------------------------------------- prior

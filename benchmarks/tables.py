@@ -190,6 +190,11 @@ def parse_args(argv):
     return args
 
 
+def brief(value):
+    """A flag's value in a table or a legend: of a file its name."""
+    return Path(value).stem if "/" in value else value
+
+
 def is_numbers(values):
     return all(value == "all" or value.isdecimal() and int(value) for value in values)
 
@@ -363,7 +368,7 @@ def table(jobs, args, name):
     rows = []
     for cell in cells:
         found = [by_seed(cell, app) for app in apps]
-        row = [*(cell[flag] for flag in varied), spread(found[0].values())]
+        row = [*(brief(cell[flag]) for flag in varied), spread(found[0].values())]
         for app, values in zip(others, found[1:]):
             row += [spread(values.values()), difference(list(pairs(cell, app).values()))]
         counts = [str(len(values)) for values in found]
@@ -402,14 +407,16 @@ def about(jobs, args):
 
 
 def plot(jobs, args):
-    """A row of panels for each score: the score over the axis of numbers, mean and 95 % interval of the seeds, a line
-    for each value of the other axes; and, where APP varies, the differences to the runs without it."""
+    """A panel for each score: the score over the axis of numbers, mean and 95 % interval of the seeds, a line for each
+    value of the other axes; beside it, where APP alone varies, the differences to the runs without it."""
     from matplotlib.figure import Figure
     apps = args.axes.get("app", [])
     axis = next(name for name, values in args.axes.items() if is_numbers(values))
     compares = len(apps) > 1 and all(flag in (axis, "app") or len(v) == 1 for flag, v in args.axes.items())
-    figure = Figure((5.5 * (1 + compares), 3.4 * len(args.scores)), dpi=110, layout="constrained")
-    for score, panels in zip(args.scores, figure.subplots(len(args.scores), 1 + compares, squeeze=False)):
+    rows, columns = (len(args.scores), 2) if compares else (1, len(args.scores))
+    figure = Figure((5.5 * columns if compares else 4 * columns, 3.4 * rows), dpi=110, layout="constrained")
+    panels_of = figure.subplots(rows, columns, squeeze=False).reshape(len(args.scores), -1)
+    for score, panels in zip(args.scores, panels_of):
         plot_score(jobs, args, score, axis, apps[0] if compares else None, panels)
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     with process.replacing(args.plot) as handle:
@@ -425,7 +432,7 @@ def plot_score(jobs, args, score, axis, base, panels):
         if found is not None:
             value = job.cell[axis]
             used[value] = job.config()["train_images_used"] if axis == "limit-train" else int(value)
-            name = ", ".join(v for flag, v in job.cell.items() if flag != axis and len(args.axes[flag]) > 1)
+            name = ", ".join(brief(v) for flag, v in job.cell.items() if flag != axis and len(args.axes[flag]) > 1)
             lines.setdefault(name, {}).setdefault(value, {})[job.seed] = found
     without = lines.get(base, {})
     for place, (name, points) in enumerate(lines.items()):
