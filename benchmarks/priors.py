@@ -36,9 +36,10 @@ FORMS = ("blind", "restore", "frozen")
 MASKED = 64           # a pixel in so many is blanked
 REACH = 2             # pixels, of the neighbours that one of them is replaced by
 UNKNOWN = {"blind": 1 / 4, "restore": 1 / 2}  # share of a batch that is of images without masks
-RAMP = 80             # steps until the pull of restore has its whole weight
+LATE, RAMP = 120, 40   # steps before the pull of restore, and until it has its whole weight
 LEARN = 400           # steps of an autoencoder that is frozen then
 OF_IMAGE = 10, 1e5    # how a blanked pixel's value stands among class indices: (value + 10) * 1e5
+EMPTY = 0.3           # of the tiles without a nucleus are shown to a prior
 DROPPED = 0.15        # of the nuclei, where masks are spoilt for a prior to learn from
 seen = Namespace()    # what a training here knows beyond train.py's: the records without masks
 
@@ -185,9 +186,11 @@ class Restore(nn.Module):
 
     def forward(self, logits):
         self.steps += 1
+        if self.steps < LATE:
+            return 0 * logits.sum()
         with torch.no_grad():
             wanted = self.prior(logits.softmax(1)).float().softmax(1)
-        return min(1, self.steps / RAMP) * F.cross_entropy(logits, wanted)
+        return min(1, (self.steps - LATE) / RAMP) * F.cross_entropy(logits, wanted)
 
 
 class Frozen(dedl.ConvAPP):
@@ -291,9 +294,20 @@ def label_tiles(fields, rng, count, tile):
         labels = fields[rng.integers(len(fields))].labels
         rows, columns = (data.mirrored_window(size, tile, 0) for size in labels.shape)
         labels = labels[rows[:, None], columns]
-        if labels.any():
+        if labels.any() or rng.random() < EMPTY:
             pairs.append([dedl.nucleus_classes(part).long() for part in (spoilt(labels, rng), labels)])
     return [torch.stack(part) for part in zip(*pairs)]
+
+
+def unsure(classes):
+    """Return classes (N, H, W) as the probabilities (N, 3, H, W) of a network that is not sure of them: of each tile
+    more or less, with noise from pixel to pixel and, in half of the tiles, from region to region."""
+    count, height, width = classes.shape
+    sure, fine, coarse = torch.rand(3, count, 1, 1, 1)
+    logits = (1 + 5 * sure) * F.one_hot(classes, 3).movedim(-1, 1)
+    regions = F.interpolate(torch.randn(count, 3, 5, 5), (height, width), mode="bicubic")
+    logits = logits + 2 * fine * torch.randn(logits.shape) + 4 * (coarse - 0.5).clamp(min=0) * regions
+    return (F.avg_pool2d(logits, 3, 1, 1) if torch.rand(()) < 0.5 else logits).softmax(1)
 
 
 def teach(argv):
@@ -312,9 +326,7 @@ def teach(argv):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     for step in range(args.steps):
         bad, good = label_tiles(fields, rng, 8, 128)
-        logits = 5 * F.one_hot(bad, 3).movedim(-1, 1) + 2 * torch.rand(()) * torch.randn(8, 3, 128, 128)
-        soft = (F.avg_pool2d(logits, 3, 1, 1) if torch.rand(()) < 0.5 else logits).softmax(1)
-        loss = F.cross_entropy(prior(soft), good)
+        loss = F.cross_entropy(prior(unsure(bad)), good)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
