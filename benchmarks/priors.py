@@ -382,14 +382,14 @@ def add_segmentation(add, original=settings._add_segmentation):
 
 
 def main(argv=None):
-    settings._add_segmentation = add_segmentation
-    data.Crops = Crops
-    for name in ("make_loader", "choose_folds", "segmentation_losses", "make_parts"):
-        setattr(train, name, globals()[name])
     part, *rest = sys.argv[1:] or ["--help"]
     if part in ("-h", "--help"):
         print(__doc__)
         return
+    settings._add_segmentation = add_segmentation
+    data.Crops = Crops
+    for name in ("make_loader", "choose_folds", "segmentation_losses", "make_parts"):
+        setattr(train, name, globals()[name])
     parts = {"data": write_folder, "teach": teach, "after": after, "one": tables.one}
     if part in parts:
         parts[part](rest)

@@ -35,7 +35,8 @@ def test_a_cross_validation_leaves_what_the_contract_names(cross_validated):
     run, folder = cross_validated
     config = json.loads((run / "config.json").read_text())
     assert config["task"] == "cls" and config["classes"] == ["blue", "green", "red"] and config["folds"] == 3
-    assert config["setting"] == {"model": "test_resnet", "classes": 3, "image_size": 32} and "tile" not in config
+    setting = {"model": "test_resnet", "classes": 3, "image_size": 32, "recipe": "short"}
+    assert config["setting"] == setting and "tile" not in config
     validated = []
     for fold in range(3):
         place = run / f"fold{fold}"

@@ -365,7 +365,8 @@ def test_a_classifier_normalises_as_its_timm_config_says():
         expected = model.network((image / 255 - 0.5) / 0.5)
         torch.testing.assert_close(model(image), expected)
         torch.testing.assert_close(model(image / 255), expected)
-    assert encoders.interpolation("resnet18") == "bicubic" and encoders.interpolation("test_resnet") == "bilinear"
+    assert encoders.interpolation("resnet18", "short") == "bicubic"
+    assert encoders.interpolation("test_resnet", "short") == "bilinear"
 
 
 def test_classifier_weights_from_a_file(tmp_path):
