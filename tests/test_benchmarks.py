@@ -4,8 +4,9 @@ import runpy
 import sys
 
 import pytest
+import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_folder
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "harness")
 SMALL = ["--tile", "32", "--batch", "2", "--rounds", "1", "--device", "cpu", "--amp", "off"]
@@ -95,6 +96,20 @@ def test_decoders_of_nuclei(benchmark, finished):
 def test_nuclei_in_empty_images(benchmark, finished):
     status, out, _ = benchmark("nuclei", "empty", finished[0], "--images", 1, "--amp", "off")
     assert status == 0 and len(re.findall(r"^\| .* \| \d+\.\d \| \d+ \| [01] of 1 \|$", out, re.M)) == 7
+
+
+@pytest.mark.slow
+def test_what_few_images_want_instead(benchmark, tmp_path):
+    folder = write_folder(tmp_path / "nine", ("train",) * 9 + ("validation", "test"))
+    weights = tmp_path / "lite0.pth"
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), weights)
+    flags = ("--data", folder, "--out", tmp_path / "runs", "--seed-list", "5,6", "--", "--steps", 1, "--epochs", 1,
+             "--tile", 32, "--amp", "off")
+    status, out, _ = benchmark("few_images", "instead", weights, *flags)
+    chosen = re.search("^chosen: (.*)$", out, re.M)[1].split(", ")
+    assert status == 0 and len(re.findall(r"^\| [^|]+ \|(?: \d+\.\d{3}[^|]*\|){5}$", out, re.M)) == 10
+    assert len(set(chosen)) == 4 and {row.name for row in (tmp_path / "runs/chosen/images").glob("*")} >= set(chosen)
+    assert len(list((tmp_path / "runs").glob("*/measured_eight_views.json"))) == 10
 
 
 def test_one_setting_of_scaling(benchmark):
