@@ -7,7 +7,7 @@ the cross-entropy's while a network trains with it. Needs scipy.
 1. Edits of validation masks, each of as many pixels as the tile's nucleus of median size has: the penalty of the conv
    form for an edit, and the plain distance of the embeddings, in ratio to that many scattered background pixels. For
    the cross-entropy all are alike. The autoencoder has learnt true masks of the training images alone.
-2. A training (train.py's short recipe, two classes, depth 5, batches of 8 tiles of 128), at some of its steps: the
+2. A training (train.py's short recipe, two classes, batches of 8 tiles of 128), at some of its steps: the
    penalty's gradient at the logits, its norm in ratio to the cross-entropy's and the cosine between the two; of the
    conv form how many directions the embedding of true masks has (participation ratio of the covariance's eigenvalues)
    and the IoU of the truth's and of the prediction's reconstructions.
@@ -148,7 +148,7 @@ def follow_one(args, seed, at):
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             train.main(["--data", str(args.data), "--out", f"{folder}/run", "--app", args.app, "--weights", "none",
-                        "--recipe", "short", "--nuclei", "mask", "--depth", "5", "--tile", str(TILE),
+                        "--recipe", "short", "--nuclei", "mask", "--tile", str(TILE),
                         "--batch-size", str(BATCH), "--amp", args.amp, "--epochs", "1", "--steps", str(args.steps),
                         "--limit-train", str(args.limit_train), "--seed", str(seed)])
     finally:
