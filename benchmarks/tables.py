@@ -293,7 +293,7 @@ def start(job, device, args):
     elif device != "mps":
         environment["CUDA_VISIBLE_DEVICES"], device = device, "cuda"
     args.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, sys.argv[0], "one", str(job.folder), args.split, device, *job.flags, *args.precision]
+    command = [sys.executable, __file__, "one", str(job.folder), args.split, device, *job.flags, *args.precision]
     with open(args.out / f"{job.folder.name}.log", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
