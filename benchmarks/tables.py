@@ -407,24 +407,22 @@ def about(jobs, args):
 
 
 def plot(jobs, args):
-    """A panel for each score: the score over the axis of numbers, mean and 95 % interval of the seeds, a line for each
-    value of the other axes; beside it, where APP alone varies, the differences to the runs without it."""
+    """A panel for each score: each seed's score over the axis of numbers, and a line through their means, for each
+    combination of the other axes' values."""
     from matplotlib.figure import Figure
-    apps = args.axes.get("app", [])
     axis = next(name for name, values in args.axes.items() if is_numbers(values))
-    compares = len(apps) > 1 and all(flag in (axis, "app") or len(v) == 1 for flag, v in args.axes.items())
-    rows, columns = (len(args.scores), 2) if compares else (1, len(args.scores))
-    figure = Figure((5.5 * columns if compares else 4 * columns, 3.4 * rows), dpi=110, layout="constrained")
-    panels_of = figure.subplots(rows, columns, squeeze=False).reshape(len(args.scores), -1)
-    for score, panels in zip(args.scores, panels_of):
-        plot_score(jobs, args, score, axis, apps[0] if compares else None, panels)
+    figure = Figure((4 * len(args.scores), 4), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(args.scores), squeeze=False)[0]
+    for score, panel in zip(args.scores, panels):
+        plot_score(jobs, args, score, axis, panel)
+    lines, names = panels[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=2, frameon=False)
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     with process.replacing(args.plot) as handle:
         figure.savefig(handle, format="png")
 
 
-def plot_score(jobs, args, score, axis, base, panels):
-    """One score in a panel, and in a second one its differences to APP `base`, seed by seed, if there is a base."""
+def plot_score(jobs, args, score, axis, panel):
     from matplotlib.ticker import NullLocator
     lines, used = {}, {}
     for job in jobs:
@@ -432,35 +430,24 @@ def plot_score(jobs, args, score, axis, base, panels):
         if found is not None:
             value = job.cell[axis]
             used[value] = job.config()["train_images_used"] if axis == "limit-train" else int(value)
-            name = ", ".join(brief(v) for flag, v in job.cell.items() if flag != axis and len(args.axes[flag]) > 1)
-            lines.setdefault(name, {}).setdefault(value, {})[job.seed] = found
-    without = lines.get(base, {})
+            others = [flag for flag, values in args.axes.items() if flag != axis and len(values) > 1]
+            name = ", ".join(f"{flag} {brief(job.cell[flag])}" for flag in others)
+            lines.setdefault(name, {}).setdefault(used[value], []).append(found)
     for place, (name, points) in enumerate(lines.items()):
-        shift = 1.03 ** (place - (len(lines) - 1) / 2)  # intervals lie side by side
-        for panel, values in zip(panels, (
-                {v: list(of.values()) for v, of in points.items()},
-                {v: [found - without[v][seed] for seed, found in of.items() if seed in without.get(v, {})]
-                 for v, of in points.items()} if name != base else {})):
-            shown = [(used[v], *mean_and_interval(found)) for v, found in values.items() if found]
-            if shown:
-                x, mean, beyond = zip(*sorted(shown))
-                panel.errorbar([at * shift for at in x], mean, beyond, marker="o", markersize=4, capsize=3,
-                               linewidth=1.2, color=COLOURS[place % len(COLOURS)],
-                               label=f"APP {name}" if base else name)
+        colour = COLOURS[place % len(COLOURS)]
+        shift = 1.05 ** (place - (len(lines) - 1) / 2)  # dots lie side by side
+        where = sorted(points)
+        panel.plot(where, [statistics.fmean(points[x]) for x in where], color=colour, linewidth=1.5, label=name)
+        for x in where:
+            panel.plot([x * shift] * len(points[x]), points[x], "o", color=colour, markersize=4, alpha=0.7)
     ticks = sorted(set(used.values()))
-    for panel in panels:
-        panel.set_xscale("log")
-        panel.set_xticks(ticks, map(str, ticks))
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.set_xlabel("training images" if axis == "limit-train" else axis)
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(f"{args.split} {TITLES[score]}, mean and 95 % interval", fontsize="small")
-    if len(lines) > 1:
-        panels[0].legend(frameon=False)
-    if base:
-        panels[1].axhline(0, color="black", linewidth=0.8)
-        panels[1].set_ylabel(f"{TITLES[score]}: difference to APP {base}, by seed", fontsize="small")
+    panel.set_xscale("log")
+    panel.set_xticks(ticks, map(str, ticks))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_xlabel("training images" if axis == "limit-train" else axis)
+    panel.set_title(f"{args.split} {TITLES[score]}", fontsize="medium")
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
