@@ -121,6 +121,6 @@ def test_goes_on_after_a_kill(tiny, tmp_path):
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert "1 runs, 0 of them done" in second.stdout and "1 of 1 runs, measured on the test split" in second.stdout
-    assert len(re.findall(r"^\| 2 \| [\d.]+ \| 1 \|", second.stdout, re.M)) == 2   # IoU, mean image IoU
+    assert len(re.findall(r"^\| 2 \| [\d.]+ \| 1 \|", second.stdout, re.M)) == 3   # IoU, mean image IoU, AP@0.5
     assert all("going on after epoch" in log.read_text() for log in out.glob("*.log"))
     assert (tmp_path / "plot.png").is_file() and not list(out.glob("*/*.pt"))
